@@ -1,0 +1,1 @@
+"""Quantized weights: formats, blockwise codes, the tensor that multiplies."""

@@ -1,0 +1,50 @@
+"""Settings of the whole suite: 8 host devices, strict markers, optional test data."""
+
+import os
+import pathlib
+
+# Before jax starts: the CPU backend shows 8 devices, so that sharded code is tested.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+DATA = pathlib.Path(
+    os.environ.get("QLORA_JAX_TEST_DATA", ROOT.parent / "shared" / "data")
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items or jax.default_backend() == "gpu":
+        return
+    skip = pytest.mark.skip(
+        reason=f"needs an NVIDIA GPU, the default backend is {jax.default_backend()!r}"
+    )
+    for item in gpu_items:
+        item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """Returns a function from a relative path to a file of the optional test data."""
+
+    def path(relative: str) -> pathlib.Path:
+        full = DATA / relative
+        if not full.exists():
+            pytest.skip(
+                f"{full} is absent; QLORA_JAX_TEST_DATA names the folder of test data"
+            )
+        return full
+
+    return path
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No silent dtype promotion inside the test."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield

@@ -1,0 +1,20 @@
+"""Every tolerance of the suite, by what is compared.
+
+A test states the number it holds its subject to by naming an entry here, so that a
+loosened bound shows up in one place.
+"""
+
+# ||out - ref|| / ||ref|| of a matmul with float32 accumulation against float64.
+MATMUL_RELATIVE = {"float32": 1e-6, "bfloat16": 5e-3, "float16": 1e-3}
+
+# Gradient of the same op, one leaf.
+GRADIENT_RELATIVE = {"float32": 2e-6, "bfloat16": 5e-3, "float16": 1e-3}
+
+# Units in the last place of float32.
+ULP_NESTED_OFFSET = 4
+ULP_SLICED_OPTIMIZER = 2
+
+# Mean |error| of N(0, 1) data, block 64, float32 absmax, at 2**20 samples: published by
+# the authors of bitsandbytes (nf4, fp4); the spread of the sample mean is about 6e-5.
+MEAN_ABS_ERROR = {"nf4": 0.072798, "fp4": 0.096543}
+MEAN_ABS_ERROR_SPREAD = 3e-4
