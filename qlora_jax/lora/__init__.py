@@ -1,1 +1,15 @@
-"""LoRA adapters over any weight that supports `x @ w`."""
+"""Low-rank adapters over frozen weights: added, trained, chosen, merged."""
+
+from qlora_jax.lora.adapters import add_lora as add_lora
+from qlora_jax.lora.adapters import join_trainable as join_trainable
+from qlora_jax.lora.adapters import split_trainable as split_trainable
+from qlora_jax.lora.adapters import stack_adapters as stack_adapters
+from qlora_jax.lora.initial import loftq as loftq
+from qlora_jax.lora.initial import pissa as pissa
+from qlora_jax.lora.lora import Frozen as Frozen
+from qlora_jax.lora.lora import LoRAParam as LoRAParam
+from qlora_jax.lora.lora import LoraTensor as LoraTensor
+from qlora_jax.lora.merge import MergeReport as MergeReport
+from qlora_jax.lora.merge import merge_lora as merge_lora
+from qlora_jax.lora.merge import unmerge_lora as unmerge_lora
+from qlora_jax.lora.plus import lora_plus as lora_plus

@@ -1,0 +1,319 @@
+"""The adapted weight: a frozen weight, a low-rank product, and `x @ w` over both."""
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Key, Shaped
+
+# Any: a leaf is an array, a tracer, a ShapeDtypeStruct, another weight, an
+# nnx.Variable that holds one of them or, inside a tree map, anything.
+Leaf = Any
+
+# The adapters' Variable type is Flax's own, so that filters written for it still hold.
+LoRAParam = nnx.LoRAParam
+
+
+class Frozen(nnx.Variable):
+    """A Variable that is not trained: the base weight under an adapter."""
+
+
+def unwrapped(leaf: Leaf) -> Leaf:
+    """Returns what an nnx.Variable holds; anything else as it is."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraTensor:
+    """A weight of shape [*stack, in, out] with a low-rank adapter beside it.
+
+        x @ lt = x @ w + (dropout(x) @ a @ b) * scale
+        scale  = alpha / rank,  or alpha / sqrt(rank) if rslora
+
+    With a `magnitude` (DoRA) the columns of the adapted weight are rescaled,
+
+        x @ lt = (magnitude / |w + scale * a @ b|) * (the sum above)
+
+    where |.| is the norm of each column, a constant to differentiation. Unlike the
+    form of PEFT, dropout then falls on the adapter alone, not on x @ w.
+
+    The adapter's leaves are float32 masters, rounded to the dtype of `x` where they
+    are used. While `b` is zero the result equals `x @ w` bit for bit.
+
+    Leaves, each an array or, inside an NNX module, a Variable that holds it:
+
+    * `w`: the frozen base, anything that supports `x @ w` and has a shape [*stack, in,
+      out]. Gradients with respect to it are whatever its own matmul gives; it is meant
+      to be held apart by `split_trainable`.
+    * `a`: [*stack, in, rank]; `b`: [*stack, rank, out]. Several adapters on one base:
+      [*stack, adapters, in, rank] and [*stack, adapters, rank, out].
+    * `key`: typed PRNG keys [*stack], or None: no dropout. The mask is a function of
+      the key and the shape of `x` alone; the backward pass computes it again instead
+      of storing it, with or without rematerialisation.
+    * `ids`: int32 [*stack, rows] or [*stack]: which adapter each row (index of the
+      first axis of `x`), or the whole of `x`, uses; -1 is the base alone. An id that
+      does not exist gives NaN. Needed exactly if there are several adapters.
+    * `magnitude`: [*stack, out] or None; `square_norm`: [*stack, out], the squared
+      norm of each column of `w`, given with it.
+    * `merged`: None, or the adapted weight made whole (`merge_lora(keep_base=True)`),
+      of which `x @ merged` is then the result.
+
+    Static: `alpha`; `dropout`, the rate, in [0, 1), which is rounded to a multiple of
+    1/256; `rslora`. They never depend on the stack axes, so that a slice of a scan
+    describes itself truly.
+    """
+
+    w: Leaf
+    a: Leaf
+    b: Leaf
+    key: Leaf = None
+    ids: Leaf = None
+    magnitude: Leaf = None
+    square_norm: Leaf = None
+    merged: Leaf = None
+    alpha: float = dataclasses.field(default=16.0, metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    rslora: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    # Makes `numpy_array @ lt` reach __rmatmul__ below.
+    __array_ufunc__ = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[*stack, in, out], the shape of the base."""
+        return tuple(unwrapped(self.w).shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the base."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the base."""
+        return unwrapped(self.w).dtype
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension of the adapter."""
+        return unwrapped(self.a).shape[-1]
+
+    @property
+    def scale(self) -> float:
+        """What the product a @ b is multiplied by."""
+        return scale_of(self.rank, self.alpha, self.rslora)
+
+    @property
+    def num_adapters(self) -> int | None:
+        """How many adapters are stacked, or None if there is the one."""
+        a = unwrapped(self.a)
+        return a.shape[-3] if len(a.shape) == self.ndim + 1 else None
+
+    def at_layer(self, layer: "Array | int") -> "LoraTensor":
+        """Returns a view of one layer of the stack; a quantized base is not sliced.
+
+        Args:
+            layer: the index, a number or an int32 scalar (which may be traced).
+
+        Raises:
+            ValueError: unless there is exactly one stack axis.
+        """
+        if self.ndim != 3:
+            raise ValueError(f"at_layer takes a weight with one stack axis: {self!r}.")
+        whole = {"w": unwrapped(self.w), "merged": unwrapped(self.merged)}
+        held = {
+            name: w.at_layer(layer)
+            for name, w in whole.items()
+            if hasattr(w, "at_layer")
+        }
+        rest = dataclasses.replace(self, **dict.fromkeys(held))
+        return dataclasses.replace(jax.tree.map(lambda x: x[layer], rest), **held)
+
+    def __getitem__(self, index) -> "LoraTensor":
+        """Slices the stack axes; the matrix itself is not sliceable."""
+        if self.ndim == 2:
+            raise IndexError(f"Only stack axes can be indexed; this is {self!r}.")
+        return jax.tree.map(lambda x: x[index], self)
+
+    def __repr__(self) -> str:
+        # Inside a tree map the leaves may be anything.
+        if not hasattr(unwrapped(self.a), "shape") or not hasattr(self.w, "shape"):
+            names = [field.name for field in dataclasses.fields(self)]
+            return f"LoraTensor({', '.join(f'{n}={getattr(self, n)}' for n in names)})"
+        options = [f"rank={self.rank}", f"alpha={self.alpha:g}"]
+        if self.dropout:
+            options.append(f"dropout={self.dropout:g}")
+        if self.rslora:
+            options.append("rslora=True")
+        if self.magnitude is not None:
+            options.append("dora=True")
+        if self.num_adapters is not None:
+            options.append(f"adapters={self.num_adapters}")
+        if self.merged is not None:
+            options.append("merged=True")
+        base = unwrapped(self.w)
+        kind = f"{type(base).__name__} {base.dtype}"
+        return f"LoraTensor({list(self.shape)}, {', '.join(options)}, w={kind})"
+
+    def __rmatmul__(
+        self, x: "Float[Array, '*batch in']"
+    ) -> "Float[Array, '*batch out']":
+        x = jnp.asarray(x)
+        if stack := self.shape[:-2]:
+            if x.shape[: len(stack)] != stack or x.ndim == len(stack):
+                raise ValueError(
+                    f"x of shape {list(x.shape)} must begin with the stack axes "
+                    f"{list(stack)} of {self!r}; for one x through all layers, scan "
+                    "over the stack."
+                )
+            return jax.vmap(lambda x, lt: x @ lt)(x, self)
+        self._check(x)
+        if self.merged is not None:
+            return x @ unwrapped(self.merged)
+        w, a, b = unwrapped(self.w), unwrapped(self.a), unwrapped(self.b)
+        y = x @ w
+        # The scale goes onto b in float32: one rounding, and no pass over the rows.
+        b = b * self.scale
+        if self.num_adapters is None:
+            y = y + self._low_rank(x, a, b, x.dtype).astype(y.dtype)
+        else:
+            y = y + self._selected(x, a, b).astype(y.dtype)
+        if self.magnitude is not None:
+            y = y * self._column_ratio(w, a, b, x.dtype).astype(y.dtype)
+        return y
+
+    def _check(self, x: Leaf) -> None:
+        if x.ndim == 0 or x.shape[-1] != self.shape[0]:
+            raise ValueError(
+                f"The last axis of x, of shape {list(x.shape)}, must be the first of "
+                f"the weight, {list(self.shape)}."
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"x is {x.dtype} and the adapter computes in the dtype of x: cast x "
+                "to a floating type."
+            )
+        several, ids = self.num_adapters, self.ids
+        if several is not None and ids is None:
+            raise ValueError(
+                f"The weight holds {several} adapters and no ids: give "
+                "join_trainable(..., adapter_ids=...)."
+            )
+        if several is None and ids is not None:
+            raise ValueError(
+                "adapter_ids were given and the weight holds one adapter: stack "
+                "several with stack_adapters, or leave the ids out."
+            )
+        if ids is not None and ids.ndim and (x.ndim < 2 or x.shape[0] != len(ids)):
+            raise ValueError(
+                f"There are {len(ids)} adapter ids and x has shape {list(x.shape)}: "
+                "the first axis of x must be the rows that the ids are for."
+            )
+        if several is not None and self.magnitude is not None:
+            raise NotImplementedError(
+                "Several DoRA adapters in one call: each has its own column norms. "
+                "Merge them, or join them one at a time."
+            )
+
+    def _low_rank(self, x: Leaf, a: Leaf, b: Leaf, dtype: Any) -> Leaf:
+        """dropout(x) @ a @ b for one adapter."""
+        return self._down(x, a.astype(dtype), jnp.dot) @ b.astype(dtype)
+
+    def _selected(self, x: Leaf, a: Leaf, b: Leaf) -> Leaf:
+        """dropout(x) @ a[id] @ b[id], the id by row or one for all."""
+        # mode="fill" would wrap a negative id; it means the base alone.
+        index = jnp.maximum(self.ids, 0)
+        take = functools.partial(
+            jnp.take, indices=index, axis=0, mode="fill", fill_value=jnp.nan
+        )
+        a, b = take(a.astype(x.dtype)), take(b.astype(x.dtype))
+        b = jnp.where(self.ids[..., None, None] < 0, jnp.zeros_like(b), b)
+        if self.ids.ndim == 0:
+            return self._low_rank(x, a, b, x.dtype)
+        rows = functools.partial(jnp.einsum, "b...i,bir->b...r")
+        return rows(self._down(x, a, rows), b)
+
+    def _down(self, x: Leaf, a: Leaf, product: Any) -> Leaf:
+        """product(dropout(x), a), of which the backward pass keeps x, a and the key."""
+        if self.key is None or self.dropout == 0:
+            return product(x, a)
+
+        def dropped(x, a, key):
+            return product(dropout(x, key, rate=self.dropout), a)
+
+        # checkpoint: neither the mask nor the dropped x is kept; both come again from
+        # the key. q, k and v then share the one x that they were given.
+        return jax.checkpoint(dropped)(x, a, self.key)
+
+    def _column_ratio(self, w: Leaf, a: Leaf, b: Leaf, dtype: Any) -> Leaf:
+        """Magnitude / |w + a @ b| by column, without forming the sum.
+
+        |w + a b|² = |w|² + 2 Σ_r b ∘ (aᵀ w) + Σ_r b ∘ (aᵀ a b), so that the base is
+        only ever used as `x @ w`, here with the rank rows of aᵀ for x.
+        """
+        a, b = jax.lax.stop_gradient((a, b))
+        cross = (a.T.astype(dtype) @ w).astype(b.dtype)
+        square = (b * (2 * cross + (a.T @ a) @ b)).sum(0)
+        norm = jnp.sqrt(unwrapped(self.square_norm) + square)
+        # Without the barrier m / sqrt(s) becomes m * rsqrt(s), which is not 1 for a
+        # zero adapter.
+        return unwrapped(self.magnitude) / jax.lax.optimization_barrier(norm)
+
+
+def scale_of(rank: int, alpha: float, rslora: bool) -> float:
+    """Alpha / rank, or alpha / sqrt(rank) (rsLoRA, https://arxiv.org/abs/2312.03732)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def dropout(
+    x: "Float[Array, '*batch in']", key: "Key[Array, '']", *, rate: float
+) -> "Float[Array, '*batch in']":
+    """Zeroes each number with probability `rate` and scales the others up.
+
+    The mask takes one random byte a number, a quarter of the random words that one
+    draw for each would: the rate is rounded to a multiple of 1/256 (0.05 to 0.0508),
+    and the survivors are divided by the probability as rounded, so that the mean is
+    kept.
+
+    Args:
+        x: activations.
+        key: a typed key; the mask is a function of it and of the shape.
+        rate: the probability of zero, in [0, 1).
+
+    Returns:
+        An array like `x`.
+    """
+    threshold = round(rate * 256)
+    *batch, n = x.shape
+    # Words by row, so that a sharded batch draws its own.
+    words = jax.random.bits(key, (*batch, -(-n // 4)), jnp.uint32)
+    draws = jax.lax.bitcast_convert_type(words, jnp.uint8)  # [*batch, words, 4]
+    kept = draws.reshape(*batch, -1)[..., :n] >= threshold
+    return jnp.where(kept, x * (256 / (256 - threshold)), jnp.zeros_like(x))
+
+
+def kaiming_uniform(
+    key: "Key[Array, '']", shape: tuple[int, ...], dtype: Any = jnp.float32
+) -> "Shaped[Array, '...']":
+    """The initial `a` of LoRA, U(-1/sqrt(in), 1/sqrt(in)).
+
+    Kaiming-uniform with slope sqrt(5), as PEFT draws it: the bound is
+    sqrt(6 / ((1 + 5) in)).
+
+    Args:
+        key: a typed key.
+        shape: [*stack, in, rank].
+        dtype: of the result.
+
+    Returns:
+        An array of that shape.
+    """
+    bound = 1 / math.sqrt(shape[-2])
+    return jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -1,0 +1,37 @@
+"""LoRA+: a greater learning rate for the second factor."""
+
+from typing import Any
+
+import jax
+import optax
+
+
+def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
+    """Multiplies the updates of `b`, and of magnitudes, by a ratio.
+
+    Chained after an optimizer it multiplies their learning rate, weight decay included:
+
+        tx = optax.chain(optax.adamw(2e-4), lora_plus(16))
+
+    Args:
+        ratio: learning rate of `b` over that of `a`; the source takes 2^4.
+
+    Returns:
+        A stateless transformation of the trainable part of `split_trainable`.
+
+    Raises:
+        ValueError: if the ratio is not positive.
+
+    Source: https://arxiv.org/abs/2402.12354; that magnitudes go with `b` is PEFT's way.
+    """
+    if ratio <= 0:
+        raise ValueError(f"{ratio=} must be positive; 1 leaves the updates alone.")
+
+    def faster(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        # In an nnx.State the array may lie one key below the Variable's name.
+        names = {jax.tree_util.keystr((key,), simple=True) for key in path[-2:]}
+        return update * ratio if names & {"b", "magnitude"} else update
+
+    return optax.stateless(
+        lambda updates, _: jax.tree_util.tree_map_with_path(faster, updates)
+    )
