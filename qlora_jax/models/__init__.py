@@ -1,1 +1,6 @@
-"""The Llama family as one Flax model."""
+"""Models whose linears are written `x @ w`."""
+
+from qlora_jax.models.config import LlamaConfig as LlamaConfig
+from qlora_jax.models.config import RopeScaling as RopeScaling
+from qlora_jax.models.config import config_from_hf as config_from_hf
+from qlora_jax.models.llama import Llama as Llama

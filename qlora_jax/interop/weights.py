@@ -1,0 +1,167 @@
+"""From named tensors to a model: what every reader of checkpoints shares.
+
+A reader is a `Source`: a config, the names of its tensors, and a way to read one. Names
+and orientation are those of Hugging Face checkpoints ([out, in]); a reader of another
+format translates. Tensors are read one at a time, quantized, placed, and dropped.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax.models.config import ATTENTION_WEIGHTS, LINEAR_WEIGHTS, LlamaConfig
+from qlora_jax.models.llama import Llama
+from qlora_jax.quant import quantize as quantize_weight
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
+# In old checkpoints: a buffer that the config determines.
+_IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+class ModelFileError(ValueError):
+    """A model file that is missing, truncated, or not what it says it is."""
+
+
+class Source(Protocol):
+    """A checkpoint: Hugging Face names and shapes, read one tensor at a time."""
+
+    config: LlamaConfig
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shape of every tensor by its name, reading none of them."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor, a weight as [out, in]."""
+        ...
+
+
+def hf_name(attribute: str) -> str:
+    """Returns the checkpoint's name of a layer's attribute; `{}` is the layer."""
+    stem, bias, _ = attribute.partition("_bias")
+    if stem in LINEAR_WEIGHTS or stem in ("q_norm", "k_norm"):
+        in_attention = stem in ATTENTION_WEIGHTS or stem in ("q_norm", "k_norm")
+        stem = f"{'self_attn' if in_attention else 'mlp'}.{stem}"
+    return f"model.layers.{{}}.{stem}.{'bias' if bias else 'weight'}"
+
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the name and shape of every tensor a checkpoint of this config holds."""
+    c = config
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (c.vocab_size, c.hidden_size),
+        "model.norm.weight": (c.hidden_size,),
+    }
+    if not c.tie_embeddings:
+        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (c.hidden_size,),
+        "post_attention_layernorm": (c.hidden_size,),
+    }
+    if c.qk_norm:
+        layer |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
+    for name, (inner, outer) in c.linear_shapes().items():
+        layer[name] = (outer, inner)
+        if name in c.biased():
+            layer[f"{name}_bias"] = (outer,)
+    for name, shape in layer.items():
+        for i in range(c.num_layers):
+            shapes[hf_name(name).format(i)] = shape
+    return shapes
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def check_tensors(source: Source) -> None:
+    """Compares names and shapes with the config's, before anything is read.
+
+    Raises:
+        ModelFileError: naming the tensors that are missing, unexpected or of another
+            shape.
+    """
+    found, expected = dict(source.shapes()), expected_shapes(source.config)
+    if source.config.tie_embeddings:
+        found.pop("lm_head.weight", None)  # some checkpoints store the tied head too
+    unexpected = [n for n in found.keys() - expected.keys() if not _IGNORED.search(n)]
+    if missing := expected.keys() - found.keys():
+        raise ModelFileError(f"{source} lacks {_some(missing)}.")
+    if unexpected:
+        raise ModelFileError(
+            f"{source} has tensors that its config does not explain: "
+            f"{_some(unexpected)}."
+        )
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise ModelFileError(
+                f"{source}: {name} is {list(found[name])}, its config says "
+                f"{list(shape)}."
+            )
+
+
+@functools.partial(jax.jit, static_argnames=("format", "double_quant"))
+def _quantized(w: jax.Array, format: str, double_quant: bool) -> Any:
+    return quantize_weight(w.T, format, double_quant=double_quant)
+
+
+def build_model(
+    source: Source,
+    *,
+    quantize: str | None = None,
+    double_quant: bool = True,
+    dtype: "DTypeLike" = jnp.bfloat16,
+) -> Llama:
+    """Builds the model of a checkpoint, one tensor in host memory at a time.
+
+    Args:
+        source: the checkpoint.
+        quantize: format of the linear weights of the layers, None to keep them dense.
+            Embedding, head and norms stay dense.
+        double_quant: quantize the scales too.
+        dtype: of what is not quantized, and of the computation.
+
+    Raises:
+        ModelFileError: if tensors are missing, unexpected or of another shape.
+    """
+    check_tensors(source)
+    config = source.config
+
+    def dense(name: str, transpose: bool = False) -> jax.Array:
+        w = source.read(name)
+        return jnp.asarray(w.T if transpose else w, dtype)
+
+    def layer_weight(name: str) -> Any:
+        if quantize is None:
+            return dense(name, transpose=True)
+        return _quantized(jnp.asarray(source.read(name)), quantize, double_quant)
+
+    def stack(attribute: str) -> Any:
+        read = layer_weight if attribute in LINEAR_WEIGHTS else dense
+        name = hf_name(attribute)
+        slices = [read(name.format(i)) for i in range(config.num_layers)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *slices)
+
+    # The structure without its arrays; every parameter is then given its value.
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model.embed = nnx.Param(dense("model.embed_tokens.weight"))
+    model.norm = nnx.Param(dense("model.norm.weight"))
+    if not config.tie_embeddings:
+        model.lm_head = nnx.Param(dense("lm_head.weight", transpose=True))
+    for attribute in [n for n, v in vars(model.layers).items() if _is_param(v)]:
+        setattr(model.layers, attribute, nnx.Param(stack(attribute)))
+    return model
+
+
+def _is_param(value: Any) -> bool:
+    return isinstance(value, nnx.Param)

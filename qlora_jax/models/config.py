@@ -1,0 +1,270 @@
+"""What distinguishes one Llama-like model from another, as data."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+# Names of the linear weights of a layer, in the order they are applied.
+ATTENTION_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
+LINEAR_WEIGHTS = ATTENTION_WEIGHTS + MLP_WEIGHTS
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies of the rotary embedding are stretched for long contexts.
+
+    Attributes:
+        kind: a name in `ROPE_SCALINGS`: "linear", "llama3" or "factors".
+        factor: by how much the lowest frequencies are divided.
+        low_freq_factor: "llama3": wavelengths above `original_max_position` divided by
+            this are divided by `factor`.
+        high_freq_factor: "llama3": wavelengths below `original_max_position` divided by
+            this stay.
+        original_max_position: the context the model was pretrained with.
+        factors: "factors": what each frequency is divided by, `head_dim / 2` numbers.
+    """
+
+    kind: str
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+    factors: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in ROPE_SCALINGS:
+            raise NotImplementedError(
+                f"Rotary scaling {self.kind!r} is not known; known are "
+                f"{', '.join(sorted(ROPE_SCALINGS))}."
+            )
+
+
+def _linear(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    return frequencies / scaling.factor
+
+
+def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    # Llama 3.1: between the two wavelengths the divisor goes smoothly from 1 to factor.
+    wavelengths = 2 * np.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = (scaling.original_max_position / wavelengths - low) / (high - low)
+    smooth = np.clip(smooth, 0, 1)
+    return frequencies * ((1 - smooth) / scaling.factor + smooth)
+
+
+def _factors(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    if len(scaling.factors) != len(frequencies):
+        raise ValueError(
+            f"{len(scaling.factors)} rotary factors for {len(frequencies)} "
+            "frequencies; there is one for each pair of head dimensions."
+        )
+    return frequencies / np.asarray(scaling.factors)
+
+
+ROPE_SCALINGS: dict[str, Callable[[np.ndarray, RopeScaling], np.ndarray]] = {
+    "linear": _linear,
+    "llama3": _llama3,
+    "factors": _factors,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and variants of a Llama-like decoder.
+
+    Attributes:
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the gated MLP.
+        num_layers: decoder layers.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; it divides `num_heads`.
+        head_dim: width of a head; 0 stands for `hidden_size // num_heads`.
+        norm_eps: added to the mean square in every RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are stretched, None for not at all.
+        max_position: the context length the model is meant for.
+        tie_embeddings: the head is the transposed embedding.
+        qkv_bias: q, k and v projections add a bias (Qwen2).
+        o_bias: the output projection adds a bias.
+        mlp_bias: the three projections of the MLP add a bias.
+        qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3).
+        sliding_window: a token sees this many last tokens, itself included (Mistral);
+            None for all.
+        architecture: the class name in a Hugging Face config.
+        bos_token_id: first token of a text, None if the model has none.
+        eos_token_id: the tokens that end a text.
+
+    Raises:
+        ValueError: if heads or sizes do not fit together.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 0
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position: int = 2048
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    architecture: str = "LlamaForCausalLM"
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            positive = field.type is int and field.name != "head_dim"
+            if positive and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field.name}={value!r} must be a positive integer.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads=} must be a multiple of {self.num_kv_heads=}."
+            )
+        if not self.head_dim:
+            if self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"{self.hidden_size=} is no multiple of {self.num_heads=}: "
+                    "give head_dim."
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        if self.head_dim % 2:
+            raise ValueError(f"{self.head_dim=} must be even: rotation takes pairs.")
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Returns [in, out] of each linear weight of a layer, by its name."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (hidden, q),
+            "k_proj": (hidden, kv),
+            "v_proj": (hidden, kv),
+            "o_proj": (q, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+    def biased(self) -> tuple[str, ...]:
+        """Returns the names of the linear weights that have a bias."""
+        return (
+            ATTENTION_WEIGHTS[:3] * self.qkv_bias
+            + ATTENTION_WEIGHTS[3:] * self.o_bias
+            + MLP_WEIGHTS * self.mlp_bias
+        )
+
+    def rope_frequencies(self) -> np.ndarray:
+        """Returns the angle by which each pair of dimensions turns a position.
+
+            frequency[i] = rope_theta ** (-2 i / head_dim),  then stretched
+
+        Returns:
+            float32 [head_dim / 2], in radians.
+        """
+        exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
+        frequencies = self.rope_theta**-exponents
+        if self.rope_scaling is not None:
+            scale = ROPE_SCALINGS[self.rope_scaling.kind]
+            frequencies = scale(frequencies, self.rope_scaling)
+        return frequencies.astype(np.float32)
+
+
+# What a Hugging Face architecture implies beyond the fields of its config.
+FAMILIES: dict[str, dict[str, bool]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {},
+    "Qwen2ForCausalLM": {"qkv_bias": True},
+    "Qwen3ForCausalLM": {"qk_norm": True},
+}
+
+
+def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    # transformers 5 nests everything in rope_parameters; 4 has rope_theta beside an
+    # optional rope_scaling whose kind is spelled "type" in the oldest configs.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    original = rope.get("original_max_position_embeddings")
+    scaling = RopeScaling(
+        kind=kind,
+        factor=float(rope.get("factor", 1.0)),
+        low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
+        original_max_position=int(original or config["max_position_embeddings"]),
+    )
+    return float(theta), scaling
+
+
+def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
+    """Reads the `config.json` of a Hugging Face checkpoint.
+
+    Both forms are understood: transformers 4 (`rope_theta`, `rope_scaling`) and 5
+    (`rope_parameters`).
+
+    Args:
+        config: the parsed JSON.
+
+    Returns:
+        The config of the same model.
+
+    Raises:
+        ValueError: if a field that every family has is missing.
+        NotImplementedError: if the architecture, the activation or the rotary scaling
+            is not one of those this model can be.
+    """
+    names = config.get("architectures") or [config.get("model_type", "unknown")]
+    architecture = names[0]
+    if architecture not in FAMILIES:
+        raise NotImplementedError(
+            f"Architecture {architecture!r} is not supported; supported are "
+            f"{', '.join(FAMILIES)}."
+        )
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise NotImplementedError(f"Activation {activation!r}; supported is 'silu'.")
+    theta, scaling = _rope_from_hf(config)
+    family = FAMILIES[architecture]
+    heads = config.get("num_attention_heads", 0)
+    window = config.get("sliding_window")
+    if not config.get("use_sliding_window", True):
+        window = None
+    eos = config.get("eos_token_id")
+    try:
+        return LlamaConfig(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or 0,
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position=config.get("max_position_embeddings", 2048),
+            tie_embeddings=config.get("tie_word_embeddings", False),
+            qkv_bias=family.get("qkv_bias", config.get("attention_bias", False)),
+            o_bias=config.get("attention_bias", False) and "qkv_bias" not in family,
+            mlp_bias=config.get("mlp_bias", False),
+            qk_norm=family.get("qk_norm", False),
+            sliding_window=window,
+            architecture=architecture,
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_id=() if eos is None else tuple(np.atleast_1d(eos).tolist()),
+        )
+    except KeyError as error:
+        raise ValueError(f"The config of the model has no {error}.") from None

@@ -1,0 +1,346 @@
+"""The Llama family as one Flax NNX model: a decoder whose layers are scanned.
+
+Every linear is written `x @ w`, so a weight may be an array, a `QuantizedTensor`, a
+`LoraTensor` or whatever else supports that; nothing here knows which. Differences
+between families (Llama 1 to 3, Mistral, Qwen2, Qwen3) are data in `LlamaConfig`.
+
+Letters in shapes: b batch, t tokens of a row, d hidden size, h query heads, k key and
+value heads, c head dimension, s capacity of a cache, l layers, v vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from qlora_jax.models.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+    Rotation = tuple[Float[Array, "b t c/2"], Float[Array, "b t c/2"]]
+    Attend = Callable[[Array, Array, Array], Array]
+
+Remat = Literal["none", "full", "attention", "offload"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens seen so far, for decoding.
+
+    Attributes:
+        keys: [l, b, s, k, c], rotated.
+        values: [l, b, s, k, c].
+        lengths: int32 [b], how many tokens of each row are filled.
+    """
+
+    keys: Any
+    values: Any
+    lengths: Any
+
+
+def linear(
+    x: "Float[Array, '*b m']", w: Any, bias: Any = None
+) -> "Float[Array, '*b n']":
+    """Returns x @ w + bias; `w` is a weight, or an `nnx.Variable` that holds one."""
+    if isinstance(w, nnx.Variable):
+        w = w.get_value()
+    y = x @ w
+    return y if bias is None else y + bias[...]
+
+
+def rms_norm(
+    x: "Float[Array, '*b d']", scale: "Float[Array, 'd']", eps: float
+) -> "Float[Array, '*b d']":
+    """Returns x / sqrt(mean(x²) + eps) · scale, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    unit = (x32 * lax.rsqrt(mean_square + eps)).astype(x.dtype)
+    return unit * scale[...]
+
+
+def rotate(
+    x: "Float[Array, 'b t h c']", rotation: "Rotation"
+) -> "Float[Array, 'b t h c']":
+    """Turns the pairs (x[i], x[i + c/2]) of each head by the angles of its position."""
+    cos, sin = (r[:, :, None] for r in rotation)  # [b, t, 1, c/2]
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def segment_positions(segment_ids: "Int[Array, 'b t']") -> "Int[Array, 'b t']":
+    """Returns the place of each token in its document, counted from 0."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    first = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+    return index - lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+def attention(
+    q: "Float[Array, 'b t h c']",
+    k: "Float[Array, 'b t k c']",
+    v: "Float[Array, 'b t k c']",
+    *,
+    mask: "Bool[Array, 'b 1 t t'] | None",
+    window: int | None,
+) -> "Float[Array, 'b t h c']":
+    """Causal attention of a row over itself: cuDNN's where it can, else XLA's.
+
+    Args:
+        q: queries, rotated.
+        k: keys, rotated; `h` is a multiple of `k`.
+        v: values.
+        mask: which pairs belong together besides being causal; None for all.
+        window: how many last tokens a token sees, itself included; None for all.
+    """
+    # cuDNN's flash attention: NVIDIA GPUs, 16-bit, heads of 8 to 128 in steps of 8.
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+    flash = fits and q.shape[-1] <= 128 and jax.default_backend() == "gpu"
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn" if flash else "xla",
+    )
+
+
+def _rematerialise(body: Callable, remat: Remat) -> Callable:
+    # In a scan the backward is another loop: nothing to be merged, hence no prevent_cse.
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":
+            return body
+        case "full":
+            return jax.checkpoint(body, prevent_cse=False)
+        case "attention":
+            policy = policies.save_only_these_names("attention")
+        case "offload":
+            policy = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=["layer_input"],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        case _:
+            raise ValueError(f"{remat=} must be one of {', '.join(get_args(Remat))}.")
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+
+
+class Layer(nnx.Module):
+    """The decoder layers: every parameter has a leading axis of `num_layers`.
+
+    A slice of it, as `lax.scan` makes, is one layer and is called as one:
+
+        x = x + o_proj(attend(rotate(q), rotate(k), v))  of the normalised x
+        x = x + down_proj(silu(gate_proj(x)) · up_proj(x))  of the normalised x
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any):
+        self.config = config
+        layers, hidden = config.num_layers, config.hidden_size
+        for name, shape in config.linear_shapes().items():
+            weight = jax.random.normal(rngs.params(), (layers, *shape), dtype)
+            setattr(self, name, nnx.Param(weight * 0.02))
+            if name in config.biased():
+                bias = jnp.zeros((layers, shape[1]), dtype)
+                setattr(self, f"{name}_bias", nnx.Param(bias))
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            setattr(self, name, nnx.Param(jnp.ones((layers, hidden), dtype)))
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                scale = jnp.ones((layers, config.head_dim), dtype)
+                setattr(self, name, nnx.Param(scale))
+
+    def _project(self, x: "Array", name: str) -> "Array":
+        return linear(x, getattr(self, name), getattr(self, f"{name}_bias", None))
+
+    def _heads(self, x: "Array", name: str) -> "Array":
+        y = self._project(x, f"{name}_proj")
+        y = y.reshape(*y.shape[:-1], -1, self.config.head_dim)  # [b, t, h or k, c]
+        norm = getattr(self, f"{name}_norm", None)
+        return y if norm is None else rms_norm(y, norm, self.config.norm_eps)
+
+    def __call__(
+        self, x: "Float[Array, 'b t d']", rotation: "Rotation", attend: "Attend"
+    ) -> "Float[Array, 'b t d']":
+        """Applies one layer; `attend(q, k, v)` is the attention, with its mask."""
+        eps = self.config.norm_eps
+        normed = rms_norm(x, self.input_layernorm, eps)
+        q, k, v = (self._heads(normed, name) for name in "qkv")
+        mixed = attend(rotate(q, rotation), rotate(k, rotation), v)
+        mixed = checkpoint_name(mixed, "attention")
+        x = x + self._project(mixed.reshape(*x.shape[:-1], -1), "o_proj")
+        normed = rms_norm(x, self.post_attention_layernorm, eps)
+        gate = jax.nn.silu(self._project(normed, "gate_proj"))
+        inner = gate * self._project(normed, "up_proj")
+        return x + self._project(inner, "down_proj")
+
+
+class Llama(nnx.Module):
+    """A Llama-like language model.
+
+    Parameters are `nnx.Param`s: `embed` [v, d], `layers` (a `Layer`: each linear weight
+    [l, in, out], each norm [l, d]), `norm` [d] and, unless tied, `lm_head` [d, v]. The
+    model computes in the dtype of `embed`; norms, rotation and softmax in float32.
+
+    Attributes:
+        config: the shape, a `LlamaConfig`.
+
+    Example:
+        >>> config = LlamaConfig(256, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2)
+        >>> model = Llama(config, rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((1, 8), jnp.int32)).shape
+        (1, 8, 256)
+    """
+
+    def __init__(
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32
+    ):
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * 0.02)
+        self.layers = Layer(config, rngs=rngs, dtype=dtype)
+        self.norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        if not config.tie_embeddings:
+            head = jax.random.normal(rngs.params(), shape[::-1], dtype)
+            self.lm_head = nnx.Param(head * 0.02)
+
+    def __call__(
+        self,
+        tokens: "Int[Array, 'b t']",
+        segment_ids: "Int[Array, 'b t'] | None" = None,
+        positions: "Int[Array, 'b t'] | None" = None,
+    ) -> "Float[Array, 'b t v']":
+        """Returns the float32 logits of the token after each token.
+
+        Args:
+            tokens: ids in [0, vocab_size).
+            segment_ids: which document of its row a token belongs to; it attends to
+                that document alone. None: a row is one document.
+            positions: place of a token in its document. None: counted from the segment
+                ids, or along the row.
+        """
+        return self.head(self.hidden(tokens, segment_ids, positions))
+
+    def hidden(
+        self,
+        tokens: "Int[Array, 'b t']",
+        segment_ids: "Int[Array, 'b t'] | None" = None,
+        positions: "Int[Array, 'b t'] | None" = None,
+        *,
+        remat: Remat = "none",
+    ) -> "Float[Array, 'b t d']":
+        """Returns the normalised last hidden state; `head` makes logits of it.
+
+        Args:
+            tokens: as in a call of the model.
+            segment_ids: as in a call of the model.
+            positions: as in a call of the model.
+            remat: what the backward recomputes: "none" keeps every activation, "full"
+                recomputes a layer from its input, "attention" also keeps the attention's
+                output, "offload" keeps layer inputs in host memory.
+
+        Raises:
+            ValueError: if `tokens` is not [b, t] or `remat` is unknown.
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f"{tokens.shape=} must be [batch, tokens].")
+        if positions is None and segment_ids is not None:
+            positions = segment_positions(segment_ids)
+        elif positions is None:
+            index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            positions = jnp.broadcast_to(index, tokens.shape)
+        mask = None
+        if segment_ids is not None:
+            mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        window = self.config.sliding_window
+        rotation = self._rotation(positions)
+
+        def attend(q, k, v):
+            return attention(q, k, v, mask=mask, window=window)
+
+        graph, stacked = nnx.split(self.layers)
+
+        def body(x, layer):
+            x = checkpoint_name(x, "layer_input")
+            return nnx.merge(graph, layer)(x, rotation, attend), None
+
+        x = self.embed[...][tokens]
+        x, _ = lax.scan(_rematerialise(body, remat), x, stacked)
+        return rms_norm(x, self.norm, self.config.norm_eps)
+
+    def head(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b v']":
+        """Returns the float32 logits of normalised hidden states."""
+        if self.config.tie_embeddings:
+            contract = (((x.ndim - 1,), (1,)), ((), ()))
+            return lax.dot_general(
+                x, self.embed[...], contract, preferred_element_type=jnp.float32
+            )
+        return linear(x, self.lm_head).astype(jnp.float32)
+
+    def init_cache(self, batch: int, capacity: int) -> Cache:
+        """Returns an empty cache for `batch` rows of at most `capacity` tokens."""
+        c = self.config
+        shape = (c.num_layers, batch, capacity, c.num_kv_heads, c.head_dim)
+        empty = jnp.zeros(shape, self.embed[...].dtype)
+        return Cache(empty, empty, jnp.zeros(batch, jnp.int32))
+
+    def decode(
+        self, tokens: "Int[Array, 'b t']", cache: Cache
+    ) -> "tuple[Float[Array, 'b t d'], Cache]":
+        """Runs the tokens that follow those in the cache.
+
+        Rows may have different lengths: a row's token `i` is at position
+        `lengths + i`, and sees every filled position up to its own. Tokens of padding
+        do no harm if the caller sets `lengths` back to what is real.
+
+        Args:
+            tokens: the next tokens of each row.
+            cache: what came before; it must have room for them.
+
+        Returns:
+            The normalised hidden states, and the cache with these tokens in it.
+        """
+        batch, count = tokens.shape
+        positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)
+        seen = jnp.arange(cache.keys.shape[2])[None, None, None]  # [1, 1, 1, s]
+        query = positions[:, None, :, None]  # [b, 1, t, 1]
+        mask = seen <= query
+        if self.config.sliding_window is not None:
+            mask &= seen > query - self.config.sliding_window
+        rotation = self._rotation(positions)
+        rows = jnp.arange(batch)[:, None]
+        graph, stacked = nnx.split(self.layers)
+
+        def body(x, layer_and_cache):
+            layer, keys, values = layer_and_cache
+            kept = {}
+
+            def attend(q, k, v):
+                kept["keys"] = keys.at[rows, positions].set(k)
+                kept["values"] = values.at[rows, positions].set(v)
+                return jax.nn.dot_product_attention(
+                    q, kept["keys"], kept["values"], mask=mask
+                )
+
+            x = nnx.merge(graph, layer)(x, rotation, attend)
+            return x, (kept["keys"], kept["values"])
+
+        x = self.embed[...][tokens]
+        x, (keys, values) = lax.scan(body, x, (stacked, cache.keys, cache.values))
+        x = rms_norm(x, self.norm, self.config.norm_eps)
+        return x, Cache(keys, values, cache.lengths + count)
+
+    def _rotation(self, positions: "Int[Array, 'b t']") -> "Rotation":
+        frequencies = self.config.rope_frequencies()
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        return jnp.cos(angles), jnp.sin(angles)
