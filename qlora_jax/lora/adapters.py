@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Heads and embeddings stay as they are unless named, as in QLoRA and PEFT.
 _NOT_LINEAR = re.compile(r"(^|/)(embed\w*|head|lm_head)$")
+# With a stack axis these have two axes as well, and no pattern means them.
+_VECTOR = re.compile(r"(bias|scale|norm)$")
 
 
 def add_lora(
@@ -70,9 +72,9 @@ def add_lora(
             `join_trainable` is given a key.
         targets: which weights. A regular expression or several, found (`re.search`)
             in the path, the keys joined by "/" as in `quantize_tree`: `q_proj`,
-            `layers/[qv]_proj$`; or a predicate of path and weight. None: every
-            quantized weight and every weight called `*_proj`, except embeddings and
-            heads.
+            `layers/[qv]_proj$`; biases, scales and norms are never meant. Or a
+            predicate of path and weight. None: every quantized weight and every
+            weight called `*_proj`, except embeddings and heads.
         key: a typed key for the initial values. Those of a weight depend on the key
             and its path only, not on what else is targeted.
         rank_pattern: ranks that differ, by pattern as in `targets`.
@@ -264,7 +266,11 @@ def stack_adapters(trainables: Sequence[Any]) -> Any:
 
 def _chosen(model: Any, weights: Mapping[str, Any], targets: Targets | None):
     """The paths of the weights that get an adapter."""
-    fit = [path for path, w in weights.items() if len(w.shape) >= 2]
+    fit = [
+        path
+        for path, w in weights.items()
+        if len(w.shape) >= 2 and not _VECTOR.search(path)
+    ]
     if callable(targets):
         paths = [path for path in weights if targets(path, weights[path])]
         if not paths:

@@ -50,6 +50,5 @@ class Model(nnx.Module):
         return x @ self.lm_head
 
 
-
 def tokens():
     return jnp.arange(24).reshape(4, 6) * 5 % VOCAB

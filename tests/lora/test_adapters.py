@@ -1,0 +1,435 @@
+"""Adding, splitting, joining, training and stacking adapters: trees and modules."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from qlora_jax.lora import (
+    Frozen,
+    LoRAParam,
+    LoraTensor,
+    add_lora,
+    join_trainable,
+    split_trainable,
+    stack_adapters,
+)
+from qlora_jax.models import Llama, LlamaConfig
+from qlora_jax.quant import QuantizedTensor, quantize
+from tests.lora.models import HIDDEN, LAYERS, Model, tokens
+
+KEY = jax.random.key(7)
+
+
+def tree(format="nf4"):
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def weight(key, *shape):
+        w = jax.random.normal(key, shape) / 8
+        return w if format is None else quantize(w, format)
+
+    return {
+        "embed": jax.random.normal(keys[0], (32, 64)),
+        "layers": {
+            "up": weight(keys[1], 3, 64, 96),
+            "down": weight(keys[2], 3, 96, 64),
+            "up_bias": jnp.zeros((3, 96)),
+        },
+    }
+
+
+def run_tree(params, x):
+    def body(x, layer):
+        hidden = jnp.tanh(x @ layer["up"] + layer["up_bias"])
+        return x + hidden @ layer["down"], None
+
+    return jax.lax.scan(body, x, params["layers"])[0]
+
+
+def perturbed(trainable, seed=0):
+    """The trainable part with every leaf moved, so that no b is zero."""
+    leaves, treedef = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, moved)
+
+
+# ---------------------------------------------------------------- plain trees
+
+
+def test_a_tree_gets_adapters_on_its_quantized_weights():
+    params = tree()
+    adapted = add_lora(params, rank=4, alpha=8, dropout=0.1, key=KEY)
+    up = adapted["layers"]["up"]
+    assert isinstance(up, LoraTensor) and up.w is params["layers"]["up"]
+    assert (up.rank, up.alpha, up.dropout, up.scale) == (4, 8.0, 0.1, 2.0)
+    assert up.a.shape == (3, 64, 4) and up.b.shape == (3, 4, 96)
+    assert up.a.dtype == up.b.dtype == jnp.float32
+    assert not up.b.any() and len({float(a.sum()) for a in up.a}) == 3
+    assert adapted["embed"] is params["embed"]
+    assert isinstance(params["layers"]["up"], QuantizedTensor)  # stayed as it was
+    x = jax.random.normal(KEY, (5, 64))
+    np.testing.assert_array_equal(run_tree(adapted, x), run_tree(params, x))
+
+
+def test_a_tree_splits_and_joins():
+    adapted = add_lora(tree(), rank=4, key=KEY)
+    trainable, frozen = split_trainable(adapted)
+    assert [leaf.shape for leaf in jax.tree.leaves(trainable)] == [
+        (3, 96, 4),
+        (3, 4, 64),
+        (3, 64, 4),
+        (3, 4, 96),
+    ]
+    assert trainable["embed"] is None and frozen["layers"]["up"].a is None
+    joined = join_trainable(trainable, frozen)
+    assert jax.tree.structure(joined) == jax.tree.structure(adapted)
+    for got, wanted in zip(*map(jax.tree.leaves, (joined, adapted)), strict=True):
+        assert got is wanted
+
+
+def test_initial_values_depend_on_key_and_path_only():
+    one = add_lora(tree(), rank=4, targets="up", key=KEY)["layers"]["up"]
+    both = add_lora(tree(), rank=4, key=KEY)["layers"]
+    np.testing.assert_array_equal(one.a, both["up"].a)
+    assert not np.array_equal(both["up"].a[:, :4, :4], both["down"].a[:, :4, :4])
+
+
+@pytest.mark.parametrize(
+    "targets, wanted",
+    [
+        (None, {"up", "down"}),
+        ("up", {"up"}),
+        (["up", "layers/down"], {"up", "down"}),
+        (r"layers/(up|down)$", {"up", "down"}),
+        (lambda path, w: w.shape[-1] == 64 and "layers" in path, {"down"}),
+    ],
+)
+def test_targets(targets, wanted):
+    adapted = add_lora(tree(), rank=4, targets=targets, key=KEY)
+    layers = adapted["layers"].items()
+    assert {name for name, w in layers if isinstance(w, LoraTensor)} == wanted
+
+
+def test_rank_and_alpha_by_pattern():
+    adapted = add_lora(
+        tree(),
+        rank=4,
+        alpha=8,
+        rank_pattern={"up": 2},
+        alpha_pattern={"down": 32.0},
+        rslora=True,
+        key=KEY,
+    )["layers"]
+    assert (adapted["up"].rank, adapted["up"].scale) == (2, 8 / 2**0.5)
+    assert (adapted["down"].rank, adapted["down"].scale) == (4, 16.0)
+
+
+def test_wrong_targets():
+    params = tree()
+    fit = "embed, layers/down, layers/up"
+    with pytest.raises(ValueError, match=f"targets 'gate' is found in .*: {fit}"):
+        add_lora(params, rank=4, targets="gate", key=KEY)
+    with pytest.raises(ValueError, match=r"targets 'up' and 'u\.' are both found in"):
+        add_lora(params, rank=4, targets=["up", "u."], key=KEY)
+    with pytest.raises(ValueError, match=r"targets '\(' is no regular expression"):
+        add_lora(params, rank=4, targets="(", key=KEY)
+    with pytest.raises(ValueError, match=f"chose no weight of: {fit}"):
+        add_lora(params, rank=4, targets=lambda path, w: False, key=KEY)
+    with pytest.raises(ValueError, match=f"the model has none. Name some of: {fit}"):
+        add_lora(tree(format=None), rank=4, key=KEY)
+    with pytest.raises(ValueError, match=r"needs \[\*stack, in, out\]. .*: w"):
+        add_lora(
+            {"v": jnp.ones(3), "w": jnp.ones((3, 3))},
+            rank=1,
+            targets=lambda path, w: path == "v",
+            key=KEY,
+        )
+    with pytest.raises(ValueError, match="rank_pattern 'gate' is found in"):
+        add_lora(params, rank=4, rank_pattern={"gate": 2}, key=KEY)
+
+
+def test_wrong_ranks_and_rates():
+    with pytest.raises(
+        ValueError, match=r"rank=65 of 'layers/down' must be from 1 to 64.*3, 96, 64"
+    ):
+        add_lora(tree(), rank=65, key=KEY)
+    with pytest.raises(ValueError, match="rank=0 of 'layers/down'"):
+        add_lora(tree(), rank=0, key=KEY)
+    with pytest.raises(ValueError, match=r"dropout=1.0 must be in \[0, 1\)"):
+        add_lora(tree(), rank=4, dropout=1.0, key=KEY)
+    adapted = add_lora(tree(), rank=4, key=KEY)
+    with pytest.raises(ValueError, match="'layers/down' has an adapter already"):
+        add_lora(adapted, rank=4, key=KEY)
+    with pytest.raises(ValueError, match="holds no adapter: call add_lora first"):
+        split_trainable(tree())
+    trainable, _ = split_trainable(adapted)
+    with pytest.raises(ValueError, match=r"not of one model: .* QuantizedTensor"):
+        join_trainable(trainable, tree())
+
+
+def test_dropout_at_a_join():
+    adapted = add_lora(tree(), rank=4, dropout=0.5, key=KEY)
+    trainable, frozen = split_trainable(adapted)
+    trainable = perturbed(trainable)
+    x = jax.random.normal(KEY, (5, 64))
+
+    @jax.jit
+    def run(key):
+        return run_tree(join_trainable(trainable, frozen, key=key), x)
+
+    first, again, other = (run(jax.random.key(i)) for i in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    assert not np.allclose(first, run(None))
+    np.testing.assert_array_equal(run(jax.random.PRNGKey(0)), first)
+    joined = join_trainable(trainable, frozen, key=KEY)["layers"]
+    keys = [
+        jax.random.key_data(key).tolist()
+        for w in ("up", "down")
+        for key in joined[w].key
+    ]
+    assert len({tuple(key) for key in keys}) == 6  # each weight and layer its own
+
+
+# ---------------------------------------------------------------- modules
+
+
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_a_module_gets_adapters(format):
+    model = Model(format=format)
+    adapted = add_lora(model, rank=4, dropout=0.1, key=KEY)
+    up = adapted.layers.up_proj
+    assert isinstance(up, LoraTensor) and isinstance(adapted, Model)
+    assert isinstance(up.w, Frozen) and isinstance(up.a, LoRAParam)
+    assert up.a.get_value().shape == (LAYERS, HIDDEN, 4)
+    assert isinstance(model.layers.up_proj, nnx.Param)  # stayed as it was
+    assert isinstance(adapted.lm_head, nnx.Param) and adapted.embed is model.embed
+    same = jax.tree.map(
+        lambda x, y: x is y, up.w.get_value(), model.layers.up_proj.get_value()
+    )
+    assert all(jax.tree.leaves(same))  # no base weight is copied
+    np.testing.assert_array_equal(adapted(tokens()), model(tokens()))
+    assert "rank=4" in repr(up)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_module_trains(remat):
+    model = Model(format="nf4", remat=remat)
+    adapted = add_lora(model, rank=4, alpha=8, dropout=0.05, key=KEY)
+    trainable, frozen = split_trainable(adapted)
+    assert len(jax.tree.leaves(trainable)) == 6
+    tx = optax.adam(1e-2)
+
+    @jax.jit
+    def step(trainable, state, frozen, key):
+        def loss_fn(t):
+            logits = join_trainable(t, frozen, key=key)(tokens())
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits[:, :-1], tokens()[:, 1:]
+            ).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state, loss
+
+    state, losses = tx.init(trainable), []
+    for i in range(30):
+        trainable, state, loss = step(
+            trainable, state, frozen, jax.random.fold_in(KEY, i)
+        )
+        losses.append(float(loss))
+    assert losses[0] > 4 and losses[-1] < 0.1
+    assert step._cache_size() == 1
+
+
+def test_remat_gives_the_same_gradients_under_dropout():
+    def gradients(remat):
+        adapted = add_lora(Model(remat=remat), rank=4, dropout=0.3, key=KEY)
+        trainable, frozen = split_trainable(adapted)
+
+        def loss(t):
+            return (join_trainable(t, frozen, key=KEY)(tokens()) ** 2).mean()
+
+        return jax.jit(jax.grad(loss))(perturbed(trainable))
+
+    for x, y in zip(*map(jax.tree.leaves, map(gradients, [False, True])), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_with_respect_to_the_module_state_are_those_of_the_tree():
+    """A scanned module and the same weights in a dict give the same numbers."""
+    adapted = add_lora(Model(), rank=4, targets="q_proj", key=KEY)
+    trainable, frozen = split_trainable(adapted)
+    trainable = perturbed(trainable)
+    lt = join_trainable(trainable, frozen).layers.q_proj
+    a, b = lt.a.get_value(), lt.b.get_value()
+
+    def plain(a, b):
+        model = Model()
+        model.layers.q_proj = nnx.Param(
+            model.layers.q_proj[...] + lt.scale * jnp.matmul(a, b)
+        )
+        return (model(tokens()) ** 2).mean()
+
+    def adapted_loss(t):
+        return (join_trainable(t, frozen)(tokens()) ** 2).mean()
+
+    wanted = jax.grad(plain, (0, 1))(a, b)
+    got = jax.tree.leaves(jax.grad(adapted_loss)(trainable))
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-6)
+
+
+def test_nnx_optimizer_and_nnx_grad_take_it():
+    model = add_lora(Model(format="nf4"), rank=4, key=KEY)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=LoRAParam)
+
+    def loss_fn(model):
+        return (model(tokens()) ** 2).mean()
+
+    before = float(loss_fn(model))
+    codes = model.layers.q_proj.w.get_value().codes
+    for _ in range(3):
+        grads = nnx.grad(loss_fn, argnums=nnx.DiffState(0, LoRAParam))(model)
+        optimizer.update(model, grads)
+    assert float(loss_fn(model)) < 0.9 * before
+    assert model.layers.q_proj.w.get_value().codes is codes
+
+
+def test_nnx_scan_and_nnx_jit_take_it():
+    model = add_lora(Model(format="nf4"), rank=4, key=KEY)
+    x = jax.random.normal(KEY, (2, HIDDEN))
+
+    @nnx.jit
+    def run(layers, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def body(x, layer):
+            return layer(x)
+
+        return body(x, layers)
+
+    graphdef, state = nnx.split(model.layers)
+    wanted = jax.lax.scan(lambda x, s: (nnx.merge(graphdef, s)(x), None), x, state)[0]
+    np.testing.assert_allclose(run(model.layers, x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_orbax_saves_and_restores_the_trainable_part(tmp_path):
+    import orbax.checkpoint as ocp
+
+    adapted = add_lora(Model(format="nf4"), rank=4, key=KEY)
+    trainable, frozen = split_trainable(adapted)
+    trainable = perturbed(trainable)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "adapter", trainable)
+        checkpointer.wait_until_finished()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, trainable)
+        restored = checkpointer.restore(tmp_path / "adapter", abstract)
+    for got, wanted in zip(*map(jax.tree.leaves, (restored, trainable)), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert join_trainable(restored, frozen)(tokens()).shape == (4, 6, 32)
+
+
+def test_a_shared_weight_stays_shared():
+    model = Model()
+    model.again = model.layers
+    model.layers.o_proj = model.layers.q_proj
+    adapted = add_lora(model, rank=4, targets="[qo]_proj", key=KEY)
+    assert adapted.again is adapted.layers
+    assert adapted.layers.o_proj is adapted.layers.q_proj
+    assert len(jax.tree.leaves(split_trainable(adapted)[0])) == 2
+
+
+def test_layers_of_flax_are_refused():
+    class Foreign(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    with pytest.raises(NotImplementedError, match="'linear/kernel' belongs to a layer"):
+        add_lora(Foreign(), rank=2, targets="kernel", key=KEY)
+
+
+# ---------------------------------------------------------------- several adapters
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_rows_of_a_batch_use_different_adapters(module):
+    base = Model(format="nf4") if module else tree()
+    adapted = add_lora(base, rank=4, key=KEY)
+    first, frozen = split_trainable(adapted)
+    adapters = [perturbed(first, seed) for seed in range(3)]
+    ids = jnp.array([2, -1, 0, 2])
+    batch = tokens() if module else jax.random.normal(KEY, (4, 5, 64))
+
+    @jax.jit
+    def run(trainable, ids, batch):
+        model = join_trainable(trainable, frozen, adapter_ids=ids)
+        return model(batch) if module else run_tree(model, batch)
+
+    stacked = stack_adapters(adapters)
+    got = run(stacked, ids, batch)
+    for row, i in enumerate([2, None, 0, 2]):
+        model = base if i is None else join_trainable(adapters[i], frozen)
+        one = batch[row : row + 1]
+        wanted = model(one) if module else run_tree(model, one)
+        np.testing.assert_allclose(got[row], wanted[0], rtol=2e-3, atol=1e-4)
+    run(stacked, ids[::-1], batch)
+    assert run._cache_size() == 1  # other rows, no recompilation
+    for i in range(3):
+        model = join_trainable(adapters[i], frozen)
+        wanted = model(batch) if module else run_tree(model, batch)
+        got = run(stacked, jnp.int32(i), batch)
+        np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=1e-4)
+
+
+def test_wrong_adapters():
+    first, frozen = split_trainable(add_lora(tree(), rank=4, key=KEY))
+    stacked = stack_adapters([first, first])
+    with pytest.raises(ValueError, match="adapter_ids from 0 to 2 must lie in -1 to 1"):
+        join_trainable(stacked, frozen, adapter_ids=[0, 2])
+    with pytest.raises(ValueError, match=r"adapter_ids has shape \[1, 2\]"):
+        join_trainable(stacked, frozen, adapter_ids=[[0, 1]])
+    with pytest.raises(ValueError, match="'layers/down' holds one adapter"):
+        join_trainable(first, frozen, adapter_ids=[0, 1])
+    other, _ = split_trainable(add_lora(tree(), rank=2, key=KEY))
+    with pytest.raises(ValueError, match="Adapters 0 and 1 differ in the shape"):
+        stack_adapters([first, other])
+    other, _ = split_trainable(add_lora(tree(), rank=4, alpha=1, key=KEY))
+    with pytest.raises(ValueError, match="Adapters 0 and 1 differ in targets, alpha"):
+        stack_adapters([first, other])
+    with pytest.raises(ValueError, match="at least one adapter"):
+        stack_adapters([])
+
+
+# ---------------------------------------------------------------- the Llama model
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_llama(remat):
+    config = LlamaConfig(64, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2)
+    config = dataclasses.replace(config, qkv_bias=True)
+    model = Llama(config, rngs=nnx.Rngs(0))
+    adapted = add_lora(model, rank=4, dropout=0.1, key=KEY)
+    names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    found = {n for n, v in vars(adapted.layers).items() if isinstance(v, LoraTensor)}
+    assert found == set(names)
+    np.testing.assert_array_equal(adapted(tokens()), model(tokens()))
+    trainable, frozen = split_trainable(adapted)
+
+    def loss(t, key):
+        return (
+            join_trainable(t, frozen, key=key).hidden(tokens(), remat=remat) ** 2
+        ).mean()
+
+    grads = jax.jit(jax.grad(loss))(trainable, KEY)
+    assert len(jax.tree.leaves(grads)) == 14
+    # b is zero, so only b moves at first.
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert bool(leaf.any()) == ("'b'" in jax.tree_util.keystr(path)), path
