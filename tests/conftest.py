@@ -9,9 +9,11 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 DATA = pathlib.Path(
     os.environ.get("QLORA_JAX_TEST_DATA", ROOT.parent / "shared" / "data")
 )
@@ -48,3 +50,10 @@ def strict_dtypes():
     """No silent dtype promotion inside the test."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="session")
+def golden_bitsandbytes():
+    """Bytes and numbers that bitsandbytes 0.50.2 made (tests/golden)."""
+    with np.load(GOLDEN / "bitsandbytes.npz") as archive:
+        yield archive

@@ -79,20 +79,20 @@ def dynamic_map(signed: bool = True) -> tuple[float, ...]:
 def _linspace_float32(start: float, stop: float, num: int) -> np.ndarray:
     """Evenly spaced float32 numbers, each half counted from its own end.
 
-    numpy computes in float64 and rounds once, which differs in the last place from the
-    float32 arithmetic that fixed the published map.
+    Each is one fused multiply-add (here: float64, rounded once), which is the
+    arithmetic that fixed the published map; numpy's linspace differs in the last place.
     """
     first, last = np.float32(start), np.float32(stop)
-    step = (last - first) / np.float32(num - 1)
-    up = first + step * np.arange(num, dtype=np.float32)
-    down = last - step * np.arange(num - 1, -1, -1, dtype=np.float32)
-    return np.where(np.arange(num) < num // 2, up, down)
+    step = np.float64((last - first) / np.float32(num - 1))
+    up = first + step * np.arange(num)
+    down = last - step * np.arange(num - 1, -1, -1)
+    return np.where(np.arange(num) < num // 2, up, down).astype(np.float32)
 
 
 def _signed_magnitudes(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
     """Codebook of a sign bit (the highest) over eight magnitudes, in float32."""
     positive = [float(np.float32(value)) for value in magnitudes]
-    return tuple(positive + [-value for value in positive])
+    return tuple(positive + [0.0 - value for value in positive])  # no -0.0
 
 
 # QLoRA, appendix E (https://arxiv.org/abs/2305.14314), as float32.
@@ -123,7 +123,7 @@ NF4 = Format(
 FP4 = Format(
     "fp4",
     _signed_magnitudes(
-        (0.0, 0.0052083333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25),
+        (0.0, 0.0625 / 12, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25),
     ),
 )
 

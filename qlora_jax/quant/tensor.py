@@ -1,4 +1,4 @@
-"""The quantized weight as a value: it multiplies, it is a pytree, it says what it is."""
+"""The quantized weight as a value: a pytree that multiplies."""
 
 import dataclasses
 import functools
@@ -19,7 +19,14 @@ _LEAVES = ("codes", "absmax", "nested_absmax", "offset", "layer")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=list(_LEAVES),
-    meta_fields=["format", "in_features", "out_features", "block_size", "dtype"],
+    meta_fields=[
+        "format",
+        "nested_format",
+        "in_features",
+        "out_features",
+        "block_size",
+        "dtype",
+    ],
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
@@ -50,6 +57,7 @@ class QuantizedTensor:
         layer: None, or the index into the one stack axis that makes this value a view
             of one layer; see `at_layer`.
         format: which numbers the codes stand for.
+        nested_format: which numbers quantized scales stand for, or None.
         in_features: rows of the matrix that `x @ w` multiplies by.
         out_features: columns of that matrix.
         block_size: numbers that share a scale.
@@ -62,6 +70,7 @@ class QuantizedTensor:
     offset: Any
     layer: Any
     format: Format
+    nested_format: Format | None
     in_features: int
     out_features: int
     block_size: int
@@ -73,7 +82,7 @@ class QuantizedTensor:
     @property
     def spec(self) -> PackedSpec:
         """The static description that the kernels take."""
-        nested = None if self.nested_absmax is None else DYNAMIC8.codebook
+        nested = self.nested_format and self.nested_format.codebook
         return PackedSpec(
             self.format.codebook,
             n=self.out_features,
@@ -142,7 +151,9 @@ class QuantizedTensor:
         return dataclasses.replace(self, layer=jnp.asarray(layer, jnp.int32))
 
     def __getitem__(self, index) -> "QuantizedTensor":
-        """Slices the stack axes; the matrix itself is not sliceable."""
+        """Slices the stack axes; `...`, as Flax reads variables, is all of it."""
+        if index is Ellipsis:
+            return self
         if not self.stack:
             raise IndexError(f"Only stack axes can be indexed; this is {self!r}.")
         if self.layer is not None:
@@ -163,7 +174,7 @@ class QuantizedTensor:
 
     def __repr__(self) -> str:
         try:
-            nested = "" if self.nested_absmax is None else ", double quantization"
+            nested = "" if self.nested_format is None else ", double quantization"
             return (
                 f"QuantizedTensor({self.format.name}, {list(self.shape)}, "
                 f"blocks of {self.block_size}{nested}, "
@@ -261,11 +272,11 @@ def quantize(
     if w.size == 0:
         raise ValueError(f"An empty weight cannot be quantized: shape {w.shape}.")
     *stack, k, n = w.shape
-    nested = DYNAMIC8.codebook if double_quant else None
+    nested_format = DYNAMIC8 if double_quant else None
+    nested = nested_format and nested_format.codebook
     spec = PackedSpec(format.codebook, n, k, block_size, nested)
-    packed = _quantize_stack(w, spec, len(stack))
-    scales = packed.absmax if packed.nested_absmax is None else packed.nested_absmax
-    if not isinstance(scales, jax.core.Tracer) and not jnp.isfinite(scales).all():
+    packed, is_finite = _quantize_stack(w, spec, len(stack))
+    if not isinstance(is_finite, jax.core.Tracer) and not is_finite:
         raise ValueError(
             f"The weight of shape {w.shape} holds NaN or infinity, which no block of "
             "codes can stand for: find out where it comes from, or replace it."
@@ -277,6 +288,7 @@ def quantize(
         offset=packed.offset,
         layer=None,
         format=format,
+        nested_format=nested_format,
         in_features=k,
         out_features=n,
         block_size=block_size,
@@ -285,14 +297,17 @@ def quantize(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantize_stack(w: jax.Array, spec: PackedSpec, depth: int) -> PackedWeight:
+def _quantize_stack(
+    w: jax.Array, spec: PackedSpec, depth: int
+) -> tuple[PackedWeight, jax.Array]:
     def rows(w):
         return pallas_kernels.quantize(w.T, spec)
 
     for _ in range(depth):
         # One matrix at a time: the temporaries are those of one.
         rows = functools.partial(jax.lax.map, rows)
-    return rows(w)
+    # Looked for by itself: a maximum drops NaN on some backends.
+    return rows(w), jnp.isfinite(w).all()
 
 
 def dequantize(qt: QuantizedTensor, dtype=None) -> jax.Array:

@@ -1,0 +1,193 @@
+"""Quantized weights to and from the tensors of a bitsandbytes checkpoint.
+
+For a weight `p` of [n, k] = [out, in], bitsandbytes 0.50 writes (DQ: with double
+quantization only)
+
+    p                                       uint8    [ceil(n * k / 2), 1]
+    p.absmax                                float32  [blocks]    DQ: uint8
+    p.quant_map                             float32  [16]
+    p.nested_absmax                    DQ   float32  [ceil(blocks / 256)]
+    p.nested_quant_map                 DQ   float32  [256]
+    p.quant_state.bitsandbytes__nf4         uint8    JSON in UTF-8
+
+The packed codes may also be stored under another dtype of the same bytes (bfloat16,
+float16, float32: `bnb_4bit_quant_storage`).
+"""
+
+import json
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.quant.formats import DYNAMIC8, FORMATS, Format
+from qlora_jax.quant.tensor import QuantizedTensor
+
+_STATE = "quant_state.bitsandbytes__"
+_KINDS = ("nf4", "fp4")
+
+
+def to_state(qt: QuantizedTensor, name: str) -> dict[str, np.ndarray]:
+    """Returns the tensors that bitsandbytes writes for a 4-bit weight.
+
+    No bit is lost: `from_state` gives the weight back.
+
+    Args:
+        qt: an nf4 or fp4 weight without stack axes (take slices of a stack).
+        name: the weight's name in the checkpoint, for example
+            "model.layers.0.self_attn.q_proj.weight".
+
+    Returns:
+        name -> array, keys and shapes as in the module's docstring.
+
+    Raises:
+        ValueError: if bitsandbytes has no 4-bit form of this weight.
+    """
+    if qt.format.name not in _KINDS:
+        raise ValueError(
+            f"{name}: bitsandbytes stores {' and '.join(_KINDS)} in 4 bits, not "
+            f"{qt.format.name!r}: dequantize, or quantize to one of them."
+        )
+    if qt.stack or qt.layer is not None:
+        raise ValueError(
+            f"{name}: {qt!r} is a stack or a view of one; write its slices one by one."
+        )
+    state: dict[str, object] = {
+        "quant_type": qt.format.name,
+        "blocksize": qt.block_size,
+        "dtype": str(qt.dtype),
+        "shape": [qt.out_features, qt.in_features],
+    }
+    tensors = {
+        name: np.asarray(qt.codes).reshape(-1, 1),
+        f"{name}.absmax": np.asarray(qt.absmax).reshape(-1),
+        f"{name}.quant_map": np.asarray(qt.format.codebook, np.float32),
+    }
+    if qt.nested_format is not None:
+        tensors[f"{name}.nested_absmax"] = np.asarray(qt.nested_absmax)
+        tensors[f"{name}.nested_quant_map"] = np.asarray(
+            qt.nested_format.codebook, np.float32
+        )
+        state["nested_blocksize"] = 256
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = float(np.asarray(qt.offset))
+    text = json.dumps(state).encode()
+    tensors[f"{name}.{_STATE}{qt.format.name}"] = np.frombuffer(text, np.uint8).copy()
+    return tensors
+
+
+def from_state(tensors: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
+    """Reads a 4-bit weight from the tensors of a bitsandbytes checkpoint.
+
+    Args:
+        tensors: at least those of the weight; others are ignored.
+        name: the weight's name in the checkpoint.
+
+    Returns:
+        The weight, its bytes as they are in the checkpoint.
+
+    Raises:
+        ValueError: if a tensor is missing, or shapes, types and the state's description
+            do not fit together; the message names the key.
+    """
+    kind, state = _read_state(tensors, name)
+    n, k = (int(size) for size in state["shape"])
+    block_size = int(state["blocksize"])
+    num_blocks = -(-n * k // block_size)
+    codes = np.ascontiguousarray(_get(tensors, name))
+    codes = np.frombuffer(codes.tobytes(), np.uint8)
+    if codes.size != -(-n * k // 2):
+        raise ValueError(
+            f"{name} holds {codes.size} bytes; {n} x {k} codes of 4 bits take "
+            f"{-(-n * k // 2)}."
+        )
+    rows = (n, k // block_size) if k % block_size == 0 else (num_blocks,)
+    is_nested = "nested_offset" in state
+    absmax = _typed(
+        tensors, f"{name}.absmax", np.uint8 if is_nested else np.float32, num_blocks
+    )
+    codebook = _typed(tensors, f"{name}.quant_map", np.float32, 16)
+    nested_absmax = nested_format = offset = None
+    if is_nested:
+        if int(state["nested_blocksize"]) != 256:
+            raise ValueError(
+                f"{name}: nested blocks of {state['nested_blocksize']}; only those of "
+                "256, which bitsandbytes writes, are read."
+            )
+        nested_absmax = _typed(
+            tensors, f"{name}.nested_absmax", np.float32, -(-num_blocks // 256)
+        )
+        nested_map = _typed(tensors, f"{name}.nested_quant_map", np.float32, 256)
+        nested_format = _format(DYNAMIC8, nested_map)
+        offset = jnp.asarray(state["nested_offset"], jnp.float32)
+        nested_absmax = jnp.asarray(nested_absmax)
+    return QuantizedTensor(
+        codes=jnp.asarray(codes.reshape(n, k // 2) if k % 2 == 0 else codes),
+        absmax=jnp.asarray(absmax.reshape(rows)),
+        nested_absmax=nested_absmax,
+        offset=offset,
+        layer=None,
+        format=_format(FORMATS[kind], codebook),
+        nested_format=nested_format,
+        in_features=k,
+        out_features=n,
+        block_size=block_size,
+        dtype=jnp.dtype(state["dtype"]),
+    )
+
+
+def _read_state(tensors, name):
+    keys = [key for key in tensors if key.startswith(f"{name}.{_STATE}")]
+    if len(keys) != 1:
+        raise ValueError(
+            f"{name} must have one tensor {name}.{_STATE}nf4 (or fp4), found {keys}: "
+            "is it a 4-bit weight of bitsandbytes?"
+        )
+    kind = keys[0].rpartition("__")[2]
+    try:
+        state = json.loads(np.asarray(tensors[keys[0]], np.uint8).tobytes())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{keys[0]} is not JSON in UTF-8: {error}.") from error
+    needed = {"quant_type", "blocksize", "dtype", "shape"}
+    if "nested_offset" in state:
+        needed |= {"nested_blocksize"}
+    if missing := sorted(needed - set(state)):
+        raise ValueError(f"{keys[0]} lacks {missing}; it has {sorted(state)}.")
+    if state["quant_type"] != kind or kind not in _KINDS:
+        raise ValueError(
+            f"{keys[0]} describes quant_type {state['quant_type']!r}; nf4 and fp4 are "
+            "read, and the key must name the same."
+        )
+    shape = state["shape"]
+    if len(shape) != 2 or min(shape) < 1 or int(state["blocksize"]) < 1:
+        raise ValueError(
+            f"{keys[0]}: shape {shape} with blocksize {state['blocksize']} is no "
+            "quantized matrix."
+        )
+    return kind, state
+
+
+def _get(tensors, key):
+    if key not in tensors:
+        raise ValueError(f"{key} is missing from the checkpoint.")
+    return np.asarray(tensors[key])
+
+
+def _typed(tensors, key, dtype, size):
+    array = _get(tensors, key).reshape(-1)
+    if array.dtype != dtype or array.size != size:
+        raise ValueError(
+            f"{key} must be {np.dtype(dtype)} [{size}], found {array.dtype} "
+            f"[{array.size}]."
+        )
+    return array
+
+
+def _format(known: Format, codebook: np.ndarray) -> Format:
+    """The known format or, if the file's numbers differ, one with those.
+
+    Files made on other machines hold maps that differ in the last place.
+    """
+    if np.array_equal(np.asarray(known.codebook, np.float32), codebook):
+        return known
+    return Format(known.name, tuple(float(number) for number in codebook))
