@@ -29,8 +29,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"} | {
 }
 _STRING, _ARRAY = 8, 9
 
-# architecture: what Hugging Face calls it, and whether the rows of q and k are permuted
-# (the "llama" converter stores the pairs of a rotation side by side, others keep halves).
+# architecture: its name in Hugging Face, and whether rows of q and k are permuted: the
+# "llama" converter stores the pairs of a rotation side by side, others keep halves.
 _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", True),
     "qwen2": ("Qwen2ForCausalLM", False),

@@ -84,7 +84,7 @@ class SafetensorsSource:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in _files(self.folder):
             with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
+                for name in file.keys():
                     self._file_of[name] = path
                     self._shapes[name] = tuple(file.get_slice(name).get_shape())
 

@@ -223,7 +223,7 @@ _PRE_TOKENIZERS = {
         False,
     ),
 }
-_CONTROL, _USER_DEFINED = 3, 4
+_CONTROL, _USER = 3, 4
 
 
 def _from_gguf(file: GGUFFile) -> Tokenizer:
@@ -254,11 +254,15 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
     steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not regex)]
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(t, special=True) for t, k in zip(tokens, types) if k == _CONTROL]
-    )
-    user_defined = [t for t, k in zip(tokens, types) if k == _USER_DEFINED]
-    backend.add_tokens([AddedToken(t, normalized=False) for t in user_defined])
+    if len(types) != len(tokens):
+        raise ModelFileError(
+            f"{file.path} has {len(tokens)} tokens and {len(types)} token types."
+        )
+    kinds = dict(zip(tokens, types, strict=True))
+    control = [AddedToken(t, special=True) for t, k in kinds.items() if k == _CONTROL]
+    plain = [AddedToken(t, normalized=False) for t, k in kinds.items() if k == _USER]
+    backend.add_special_tokens(control)
+    backend.add_tokens(plain)
     bos = file.metadata.get("tokenizer.ggml.bos_token_id")
     template = file.metadata.get("tokenizer.chat_template")
     if not 0 <= field("eos_token_id") < len(tokens) or not (

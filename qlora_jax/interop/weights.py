@@ -5,6 +5,7 @@ and orientation are those of Hugging Face checkpoints ([out, in]); a reader of a
 format translates. Tensors are read one at a time, quantized, placed, and dropped.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping
@@ -110,9 +111,10 @@ def check_tensors(source: Source) -> None:
             )
 
 
-@functools.partial(jax.jit, static_argnames=("format", "double_quant"))
-def _quantized(w: jax.Array, format: str, double_quant: bool) -> Any:
-    return quantize_weight(w.T, format, double_quant=double_quant)
+@functools.partial(jax.jit, static_argnames=("format", "double_quant", "dtype"))
+def _quantized(w: jax.Array, format: str, double_quant: bool, dtype: Any) -> Any:
+    quantized = quantize_weight(w.T, format, double_quant=double_quant)
+    return dataclasses.replace(quantized, dtype=dtype)
 
 
 def build_model(
@@ -144,7 +146,8 @@ def build_model(
     def layer_weight(name: str) -> Any:
         if quantize is None:
             return dense(name, transpose=True)
-        return _quantized(jnp.asarray(source.read(name)), quantize, double_quant)
+        w = jnp.asarray(source.read(name))
+        return _quantized(w, quantize, double_quant, jnp.dtype(dtype))
 
     def stack(attribute: str) -> Any:
         read = layer_weight if attribute in LINEAR_WEIGHTS else dense

@@ -182,7 +182,7 @@ class LlamaConfig:
 
 
 # What a Hugging Face architecture implies beyond the fields of its config.
-FAMILIES: dict[str, dict[str, bool]] = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {},
     "Qwen2ForCausalLM": {"qkv_bias": True},

@@ -114,7 +114,8 @@ def attention(
 
 
 def _rematerialise(body: Callable, remat: Remat) -> Callable:
-    # In a scan the backward is another loop: nothing to be merged, hence no prevent_cse.
+    # In a scan the backward is another loop, where nothing can be merged: no need to
+    # prevent common subexpressions.
     policies = jax.checkpoint_policies
     match remat:
         case "none":
@@ -196,7 +197,8 @@ class Llama(nnx.Module):
         config: the shape, a `LlamaConfig`.
 
     Example:
-        >>> config = LlamaConfig(256, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2)
+        >>> config = LlamaConfig(256, 64, 128, num_layers=2, num_heads=4,
+        ...     num_kv_heads=2)
         >>> model = Llama(config, rngs=nnx.Rngs(0))
         >>> model(jnp.zeros((1, 8), jnp.int32)).shape
         (1, 8, 256)
@@ -246,8 +248,8 @@ class Llama(nnx.Module):
             segment_ids: as in a call of the model.
             positions: as in a call of the model.
             remat: what the backward recomputes: "none" keeps every activation, "full"
-                recomputes a layer from its input, "attention" also keeps the attention's
-                output, "offload" keeps layer inputs in host memory.
+                recomputes a layer from its input, "attention" keeps attention outputs
+                too, "offload" keeps layer inputs in host memory.
 
         Raises:
             ValueError: if `tokens` is not [b, t] or `remat` is unknown.
