@@ -1,25 +1,14 @@
 """The public ops: checks shapes once, chooses an implementation, defines gradients."""
 
 import functools
-import importlib
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import reference, tuning
+from pallas_kernels.implementations import Implementation, run
 from pallas_kernels.packed import PackedSpec, PackedWeight
-
-Implementation = Literal["xla", "sm90", "sm80", "matvec"]
-
-# Where each implementation of an op lives; imported when it is first chosen, since the
-# kernel modules pull in the GPU part of Pallas.
-_MODULES = {
-    "xla": "pallas_kernels.reference",
-    "sm90": "pallas_kernels.matmul_sm90",
-    "sm80": "pallas_kernels.matmul_sm80",
-    "matvec": "pallas_kernels.matvec",
-}
 
 
 def quantized_matmul(
@@ -135,23 +124,15 @@ def _dispatch(op, x, packed, spec, implementation):
     """Runs the named implementation, or the first of the tuned order that can."""
     rows = x.reshape(-1, x.shape[-1])
     if implementation is not None:
-        out = _run(implementation, op, rows, packed, spec)
+        out = run(implementation, op, rows, packed, spec)
         return out.reshape(*x.shape[:-1], out.shape[-1])
     for name in tuning.preference(op, rows.shape[0], x.dtype, packed, spec):
         try:
-            out = _run(name, op, rows, packed, spec)
+            out = run(name, op, rows, packed, spec)
         except NotImplementedError:
             continue
         return out.reshape(*x.shape[:-1], out.shape[-1])
     raise AssertionError("the plain form can do every op")
-
-
-def _run(name, op, rows, packed, spec):
-    module = importlib.import_module(_MODULES[name])
-    if not hasattr(module, op):
-        raise NotImplementedError(f"{name!r} has no {op}; leave `implementation` out.")
-    with jax.named_scope(f"{op}_{name}"):
-        return getattr(module, op)(rows, packed, spec)
 
 
 def _check_activation(name: str, x: jax.Array, size: int, letter: str) -> None:

@@ -1,0 +1,149 @@
+"""Runs an implementation of an op by name, alone or on each shard of a mesh."""
+
+import dataclasses
+import functools
+import importlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels import reference
+from pallas_kernels.packed import PackedSpec, PackedWeight
+
+Implementation = Literal["xla", "sm90", "sm80", "matvec"]
+Op = Literal["matmul", "matmul_dx"]
+
+# Imported when first chosen, since kernel modules pull in the GPU part of Pallas.
+_MODULES = {
+    "xla": "pallas_kernels.reference",
+    "sm90": "pallas_kernels.matmul_sm90",
+    "sm80": "pallas_kernels.matmul_sm80",
+    "matvec": "pallas_kernels.matvec",
+}
+
+
+def run(
+    name: Implementation, op: Op, x: jax.Array, packed: PackedWeight, spec: PackedSpec
+) -> jax.Array:
+    """Runs one implementation of `op` on x `[m, k]` (dx: `[m, n]`).
+
+    The plain form is partitioned by the compiler. A kernel cannot be, so where there
+    are several devices it runs on each shard; see `sharded_product`.
+
+    Raises:
+        NotImplementedError: if the implementation cannot do this.
+    """
+    if name == "xla":
+        return getattr(reference, op)(x, packed, spec)
+    if jax.device_count() == 1:
+        return run_kernel(name, op, x, packed, spec)
+    if not spec.blocks_in_rows:
+        raise NotImplementedError(
+            f"A sharded kernel takes blocks inside rows; {spec.k=}, {spec.block_size=}."
+        )
+    # Nested scales cross rows, so they are decoded before anything is cut.
+    packed = reference.select_layer(packed)
+    absmax = reference.decode_absmax(packed, spec)
+    single = dataclasses.replace(spec, nested_codebook=None)
+    return sharded_product(x, packed.codes, absmax, name, op, single)
+
+
+def run_kernel(name, op, x, packed, spec) -> jax.Array:
+    """Runs a kernel on the arrays as they are, on one device."""
+    module = importlib.import_module(_MODULES[name])
+    if not hasattr(module, op):
+        raise NotImplementedError(f"{name!r} has no {op}; leave `implementation` out.")
+    with jax.named_scope(f"{op}_{name}"):
+        return getattr(module, op)(x, packed, spec)
+
+
+@functools.partial(custom_partitioning, static_argnums=(3, 4, 5))
+def sharded_product(
+    x: jax.Array,
+    codes: jax.Array,
+    absmax: jax.Array,
+    name: Implementation,
+    op: Op,
+    spec: PackedSpec,
+) -> jax.Array:
+    """An op that each device computes on its shard.
+
+    Rows of x stay where they are. Where the weight is cut along the axis that the op
+    contracts, x is cut alike, and the partial products are summed over those devices;
+    where it is cut along the other axis, so is the result.
+
+    Args:
+        x: `[m, k]`, or `[m, n]` for `matmul_dx`.
+        codes: uint8 `[n, k // 2]`.
+        absmax: float32 `[n, k // block_size]`.
+        name: the implementation.
+        op: which product.
+        spec: what the arrays mean, without nested scales.
+    """
+    # jit keeps the constants of the kernel inside; custom_partitioning takes none.
+    @jax.jit
+    def whole(x, codes, absmax):
+        return run_kernel(name, op, x, PackedWeight(codes, absmax), spec)
+
+    return whole(x, codes, absmax)
+
+
+def _partition(name, op, spec, mesh, arguments, result):
+    del result
+    x, codes, absmax = arguments
+    rows = x.sharding.spec[0]
+    n_axes = codes.sharding.spec[0]
+    # The columns of codes and of scales are cut together or not at all.
+    k_axes = absmax.sharding.spec[1]
+    taken = _axes(rows)
+    n_axes = None if taken & _axes(n_axes) else n_axes
+    k_axes = None if (taken | _axes(n_axes)) & _axes(k_axes) else k_axes
+    kept, contracted = (n_axes, k_axes) if op == "matmul" else (k_axes, n_axes)
+    cut = {axis: size for axis, size in mesh.shape.items()}
+    local = dataclasses.replace(
+        spec,
+        n=spec.n // _count(n_axes, cut),
+        k=spec.k // _count(k_axes, cut),
+    )
+
+    def on_shard(x, codes, absmax):
+        y = run_kernel(name, op, x, PackedWeight(codes, absmax), local)
+        if not contracted:
+            return y
+        return jax.lax.psum(y.astype(jnp.float32), contracted).astype(y.dtype)
+
+    def place(*spec):
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    weight = place(n_axes, k_axes)
+    return mesh, on_shard, place(rows, kept), (place(rows, contracted), weight, weight)
+
+
+def _axes(entry) -> set:
+    """The mesh axes of one entry of a PartitionSpec."""
+    if entry is None:
+        return set()
+    return set(entry) if isinstance(entry, tuple) else {entry}
+
+
+def _count(entry, sizes) -> int:
+    total = 1
+    for axis in _axes(entry):
+        total *= sizes[axis]
+    return total
+
+
+def _rule(name, op, spec, mesh, values, results):
+    """Shardy's rule: k is blocks `b` of `t` bytes of `u` codes, cut by whole blocks."""
+    del name, mesh, values, results
+    sizes = {"t": spec.block_size // 2, "u": 2}
+    if op == "matmul":
+        rule = "m (b t u), n (b t), n b -> m n"
+        return rule, {"reduction_factors": ("b", "t", "u"), **sizes}
+    return "m n, n (b t), n b -> m (b t u)", {"reduction_factors": ("n",), **sizes}
+
+
+sharded_product.def_partition(_partition, sharding_rule=_rule)
