@@ -230,8 +230,8 @@ def stack_adapters(trainables: Sequence[Any]) -> Any:
         model = join_trainable(stack_adapters([t0, t1]), frozen, adapter_ids=ids)
 
     Args:
-        trainables: first parts of `split_trainable`, of adapters with the same targets,
-            ranks and alphas.
+        trainables: first parts of `split_trainable`, of adapters with the same targets
+            and ranks. The alphas that hold are those of the frozen part.
 
     Returns:
         One such part, whose leaves have an axis for the adapters before their last

@@ -82,7 +82,7 @@ def merge_lora(
     drift = {}
 
     def merged(path: str, lt: LoraTensor) -> Any:
-        one = _selected(path, opened(lt), adapter)
+        one = one_adapter(path, opened(lt), adapter)
         depth = lt.ndim - 2
         weight, sums = by_matrix(lambda m: _merge(m, dtype), one, depth=depth)
         error, size, change = (float(jnp.sum(s)) for s in sums)
@@ -138,7 +138,20 @@ def _merge(lt: LoraTensor, dtype: Any):
     return weight, (error, jnp.square(whole).sum(), change)
 
 
-def _selected(path: str, lt: LoraTensor, adapter: int | None) -> LoraTensor:
+def one_adapter(path: str, lt: LoraTensor, adapter: int | None) -> LoraTensor:
+    """Returns the base with one of the adapters stacked on it, or the one there is.
+
+    Args:
+        path: what the weight is called in errors.
+        lt: of arrays.
+        adapter: which one; None if there is one.
+
+    Returns:
+        A LoraTensor without key, ids and merged weight.
+
+    Raises:
+        ValueError: if `adapter` does not fit.
+    """
     several = lt.num_adapters
     # Key and ids belong to a call, and an earlier merge is not part of the sum.
     lt = dataclasses.replace(lt, key=None, ids=None, merged=None)

@@ -142,7 +142,7 @@ def _in_module(new: Any, old: Any) -> Any:
         old = old.w
     metadata = old.get_metadata() if isinstance(old, nnx.Variable) else {}
     if not isinstance(new, LoraTensor):
-        return nnx.Param.from_metadata(new, metadata)
+        return _variable(nnx.Param, new, metadata)
     fields = {}
     for name in TRAINED + BASE:
         value = getattr(new, name)
@@ -151,9 +151,12 @@ def _in_module(new: Any, old: Any) -> Any:
         if name in TRAINED:
             fields[name] = LoRAParam(value)
         else:
-            kept = metadata if name == "w" else {}
-            fields[name] = Frozen.from_metadata(value, kept)
+            fields[name] = _variable(Frozen, value, metadata if name == "w" else {})
     return nnx.data(dataclasses.replace(new, **fields))
+
+
+def _variable(kind: type[nnx.Variable], value: Any, metadata: dict[str, Any]) -> Any:
+    return kind.from_metadata(value, metadata) if metadata else kind(value)
 
 
 def _attributes(model: nnx.Module):

@@ -1,0 +1,412 @@
+"""Adapters in the layout of PEFT, which PEFT, vLLM and others load.
+
+A folder with `adapter_config.json` and `adapter_model.safetensors`. A layer's tensors
+are `base_model.model.<module>.lora_A.weight` [rank, in], `.lora_B.weight` [out, rank]
+and, with DoRA, `.lora_magnitude_vector` [out]: the transposes of the leaves `a` and `b`
+of a LoraTensor, one layer of its stack each.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.interop.safetensors import read_json
+from qlora_jax.interop.weights import ModelFileError, hf_name
+from qlora_jax.lora.initial import with_magnitude
+from qlora_jax.lora.lora import LoraTensor, scale_of
+from qlora_jax.lora.merge import one_adapter
+from qlora_jax.lora.places import listed, named_weights, opened, replace_weights
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+# From the path of a weight to the name of its module in the checkpoint's model, `{}`
+# standing for the layer if the weight is stacked.
+ModuleName = Callable[[str], str]
+
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\."
+    r"(?:lora_(?P<factor>[AB])\.weight|lora_(?P<magnitude>magnitude_vector)(\.weight)?)"
+)
+
+# Fields of a config that change what an adapter computes and that are not done here.
+_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+# Initialisations that leave the base as it is. The others (pissa, olora, corda, loftq,
+# lora_ga) adapt a base that they changed, which is not the checkpoint's.
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+
+
+def llama_module(path: str) -> str:
+    """Returns the module of a weight of `qlora_jax.Llama` in Hugging Face's model."""
+    if path.startswith("layers/"):
+        return hf_name(path.removeprefix("layers/")).removesuffix(".weight")
+    return path.replace("/", ".")
+
+
+def save_adapter(
+    model: Any,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    base_model: str | None = None,
+    adapter: int | None = None,
+    dtype: Any = jnp.float32,
+    module_name: ModuleName = llama_module,
+) -> None:
+    """Writes the adapters of a model as a PEFT folder.
+
+    Each of the two files replaces its predecessor at once: none is ever seen half
+    written. The base is not saved. An adapter begun by `pissa` or `loftq` belongs to
+    the base which that changed, so save that one too.
+
+    Args:
+        model: a model with adapters, see `add_lora`.
+        path: the folder, made if there is none.
+        name: "default" writes into `path` itself, another name into a folder of that
+            name in it, as PEFT does.
+        base_model: name or folder of the base, for PEFT to load it by.
+        adapter: which one, if several are stacked.
+        dtype: of the tensors in the file.
+        module_name: how weights are called in the base's own model, for a model that
+            is not `qlora_jax.Llama`.
+
+    Raises:
+        ValueError: if the model holds no adapter, or the adapters differ in what a
+            PEFT config says once (dropout, rsLoRA, DoRA).
+    """
+    lora = {
+        where: one_adapter(where, opened(weight), adapter)
+        for where, weight in named_weights(model).items()
+        if isinstance(weight, LoraTensor)
+    }
+    if not lora:
+        raise ValueError("The model holds no adapter to save: call add_lora first.")
+    tensors = {}
+    for where, lt in lora.items():
+        factors = {"A.weight": lt.a, "B.weight": lt.b, "magnitude_vector": lt.magnitude}
+        for suffix, leaf in factors.items():
+            if leaf is None:
+                continue
+            array = np.asarray(jnp.asarray(leaf, dtype))
+            for index, module in _modules(where, lt, module_name):
+                key = f"base_model.model.{module}.lora_{suffix}"
+                tensors[key] = np.ascontiguousarray(array[index].T)
+    config = _config(lora, base_model, module_name)
+    folder = pathlib.Path(path) if name == "default" else pathlib.Path(path) / name
+    folder.mkdir(parents=True, exist_ok=True)
+
+    from safetensors.numpy import save
+
+    _write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    _write(folder / CONFIG, text.encode())
+
+
+def load_adapter(
+    model: Any,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    dropout: float | None = None,
+    dtype: Any = jnp.float32,
+    module_name: ModuleName = llama_module,
+) -> Any:
+    """Puts an adapter that PEFT or `save_adapter` wrote onto a model.
+
+    Layers of a stack share one rank and one alpha here. Where the file's differ, the
+    smaller ranks are filled up with zeros and the scales go into `b`; layers that the
+    file leaves out get a zero adapter. Otherwise the tensors are taken as they are.
+
+    Args:
+        model: the base, an array or a quantized weight wherever the file has an
+            adapter. Adapters it has are dropped. It stays as it was.
+        path: the folder.
+        name: "default" reads `path` itself, another name the folder of that name in it.
+        dropout: rate for further training; None is the file's.
+        dtype: of the trained leaves.
+        module_name: as in `save_adapter`.
+
+    Returns:
+        The model with LoraTensors in it, of the type given.
+
+    Raises:
+        ModelFileError: if files are missing or damaged, or a tensor does not fit the
+            model; the message names the file and the tensor.
+        NotImplementedError: if the adapter is of a kind that is not supported here; the
+            message names it.
+    """
+    folder = pathlib.Path(path) if name == "default" else pathlib.Path(path) / name
+    config = read_json(folder / CONFIG)
+    _check_config(folder / CONFIG, config)
+    if dropout is None:
+        dropout = float(config.get("lora_dropout") or 0.0)
+    weights = named_weights(model)
+    modules = {}
+    for where, weight in weights.items():
+        if len(weight.shape) >= 2:
+            for index, module in _modules(where, weight, module_name):
+                modules[module] = where, index
+    new: dict[str, Any] = {  # adapters of before are dropped
+        where: weight.w if not hasattr(weight.w, "get_value") else weight.w.get_value()
+        for where, weight in weights.items()
+        if isinstance(weight, LoraTensor)
+    }
+    parts = _read(folder / WEIGHTS, modules)
+    for where in {where for where, _ in parts}:
+        of_layers = {index: part for (w, index), part in parts.items() if w == where}
+        base = new.get(where, weights[where])
+        new[where] = _assembled(base, of_layers, config, dropout=dropout, dtype=dtype)
+    return replace_weights(model, new)
+
+
+@dataclasses.dataclass
+class _Part:
+    """The tensors of one module, as in the file, and what they are called there."""
+
+    module: str
+    tensors: dict[str, np.ndarray]
+
+
+def _modules(where: str, weight: Any, module_name: ModuleName):
+    """The index into the stack and the name of each module that a weight stands for."""
+    name, stack = module_name(where), weight.shape[:-2]
+    if name.count("{}") != len(stack):
+        # A vector with a stack axis, or a weight without a counterpart: no module.
+        return []
+    return [(index, name.format(*index)) for index in np.ndindex(*stack)]
+
+
+def _config(
+    lora: Mapping[str, LoraTensor], base_model: str | None, module_name: ModuleName
+) -> dict[str, Any]:
+    def common(what: str, values: list[Any]) -> Any:
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"A PEFT config has one {what} for all adapters and these differ: "
+                f"{sorted(set(values))}."
+            )
+        return values[0]
+
+    adapters = list(lora.values())
+    leaf = {where: module_name(where).rsplit(".", 1)[-1] for where in lora}
+    rank = collections.Counter(lt.rank for lt in adapters).most_common(1)[0][0]
+    alpha = collections.Counter(lt.alpha for lt in adapters).most_common(1)[0][0]
+
+    def number(value: float) -> float | int:
+        return int(value) if float(value).is_integer() else value
+
+    return {
+        "alpha_pattern": {
+            leaf[w]: number(lt.alpha) for w, lt in lora.items() if lt.alpha != alpha
+        },
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": number(alpha),
+        "lora_bias": False,
+        "lora_dropout": common("dropout", [lt.dropout for lt in adapters]),
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {leaf[w]: lt.rank for w, lt in lora.items() if lt.rank != rank},
+        "revision": None,
+        "target_modules": sorted(set(leaf.values())),
+        "task_type": "CAUSAL_LM",
+        "use_dora": common("DoRA", [lt.magnitude is not None for lt in adapters]),
+        "use_rslora": common("rsLoRA", [lt.rslora for lt in adapters]),
+    }
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
+    """Replaces a file at once: readers see the old one or the new one, whole."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; a new file is as the umask says.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise NotImplementedError(f"{path}: peft_type {kind!r}; supported is 'LORA'.")
+    for field in _UNSUPPORTED:
+        if config.get(field):
+            raise NotImplementedError(f"{path}: {field}={config[field]!r}.")
+    if config.get("bias", "none") != "none":
+        raise NotImplementedError(
+            f"{path}: bias={config['bias']!r}; supported: 'none'."
+        )
+    if (init := config.get("init_lora_weights")) not in _PLAIN_INITS:
+        raise NotImplementedError(
+            f"{path}: init_lora_weights={init!r} adapts a base that it changed; "
+            "convert the adapter to one of the original base when saving it from PEFT "
+            "(path_initial_model_for_weight_conversion)."
+        )
+    for field, patterns, kind in (
+        ("r", "rank_pattern", int),
+        ("lora_alpha", "alpha_pattern", int | float),
+    ):
+        named = config.get(patterns) or {}
+        if not isinstance(named, dict):
+            raise ModelFileError(f"{path}: {patterns} is no object.")
+        for key, value in {field: config.get(field), **named}.items():
+            if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+                raise ModelFileError(
+                    f"{path}: {key} is {value!r}, not a positive number."
+                )
+        for pattern in named:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ModelFileError(
+                    f"{path}: {patterns} {pattern!r} is no regular expression: {error}."
+                ) from None
+
+
+def _read(
+    path: pathlib.Path, modules: Mapping[str, tuple[str, Any]]
+) -> dict[tuple[str, Any], _Part]:
+    """The tensors of an adapter file, by the place of their module in the model."""
+    import safetensors
+
+    if not path.is_file():
+        pickled = path.with_suffix(".bin")
+        why = (
+            f"; {pickled.name} is pickled, which can run code, and is not read: save "
+            "the adapter with safe_serialization=True"
+            if pickled.is_file()
+            else ""
+        )
+        raise ModelFileError(f"{path} is missing{why}.")
+    parts: dict[tuple[str, Any], _Part] = {}
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            for key in file.keys():
+                match = _KEY.fullmatch(key)
+                if match is None:
+                    raise ModelFileError(f"{path}: {key!r} is no tensor of LoRA.")
+                module = match["module"]
+                if module not in modules:
+                    raise ModelFileError(
+                        f"{path}: {key!r} is of a module that the model has not. Its "
+                        f"modules are: {listed(sorted(modules))}."
+                    )
+                part = parts.setdefault(modules[module], _Part(module, {}))
+                kind = match["factor"] or "magnitude"
+                part.tensors[kind] = file.get_tensor(key)
+    except safetensors.SafetensorError as error:
+        raise ModelFileError(f"{path} cannot be read ({error}).") from None
+    if not parts:
+        raise ModelFileError(f"{path} holds no tensor.")
+    for part in parts.values():
+        for kind in "AB":
+            if kind not in part.tensors:
+                raise ModelFileError(f"{path}: {part.module}.lora_{kind} is missing.")
+    return parts
+
+
+def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that the end of the module's name matches."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _assembled(
+    base: Any,
+    parts: Mapping[Any, _Part],
+    config: Mapping[str, Any],
+    *,
+    dropout: float,
+    dtype: Any,
+) -> LoraTensor:
+    """The LoraTensor of one weight from the tensors of its layers."""
+    *stack, n_in, n_out = base.shape
+    rslora = bool(config.get("use_rslora"))
+    ranks, alphas = {}, {}
+    for index, part in parts.items():
+        rank = _pattern_value(
+            config.get("rank_pattern") or {}, part.module, config["r"]
+        )
+        wanted = {"A": (rank, n_in), "B": (n_out, rank), "magnitude": (n_out,)}
+        for kind, tensor in part.tensors.items():
+            if tensor.shape != wanted[kind]:
+                raise ModelFileError(
+                    f"{part.module}: lora_{kind} is {list(tensor.shape)}, and the "
+                    f"model and rank {rank} make it {list(wanted[kind])}."
+                )
+        ranks[index] = rank
+        alphas[index] = _pattern_value(
+            config.get("alpha_pattern") or {}, part.module, config["lora_alpha"]
+        )
+    rank = max(ranks.values())
+    alpha = next(alphas[index] for index in parts if ranks[index] == rank)
+    a = np.zeros((*stack, n_in, rank), np.float32)
+    b = np.zeros((*stack, rank, n_out), np.float32)
+    for index, part in parts.items():
+        r = ranks[index]
+        scale = scale_of(r, alphas[index], rslora) / scale_of(rank, alpha, rslora)
+        a[index][:, :r] = part.tensors["A"].astype(np.float32).T
+        b[index][:r] = part.tensors["B"].astype(np.float32).T * np.float32(scale)
+    lt = LoraTensor(
+        base,
+        jnp.asarray(a, dtype),
+        jnp.asarray(b, dtype),
+        alpha=float(alpha),
+        dropout=dropout,
+        rslora=rslora,
+    )
+    if not config.get("use_dora"):
+        return lt
+    lt = with_magnitude(lt, dtype)
+    magnitude = np.array(lt.magnitude)
+    for index, part in parts.items():
+        if "magnitude" not in part.tensors:
+            raise ModelFileError(f"{part.module}.lora_magnitude_vector is missing.")
+        magnitude[index] = part.tensors["magnitude"]
+    return dataclasses.replace(lt, magnitude=jax.device_put(magnitude))

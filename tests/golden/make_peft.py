@@ -1,0 +1,115 @@
+"""Makes tests/golden/peft_lora with PEFT itself, and checks our adapters with it.
+
+Run with Python 3.11 and torch 2.13.0, transformers 5.23.0, peft 0.21.2 on a CPU:
+
+    python make_peft.py                 # writes the golden files
+    python make_peft.py --check FOLDER  # loads an adapter we saved, compares logits
+
+The base is a Llama of 2 layers with random weights, saved by transformers. Of it three
+adapters are saved by PEFT, as users have them: plain, rsLoRA with a rank pattern, DoRA.
+"""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+HERE = pathlib.Path(__file__).parent / "peft_lora"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENS = torch.tensor([[1, 5, 9, 2, 7, 30, 63, 12], [3, 3, 8, 41, 0, 22, 17, 6]])
+ADAPTERS = {
+    "plain": LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=LINEAR,
+        task_type="CAUSAL_LM",
+        lora_dropout=0.1,
+    ),
+    "rslora": LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+        use_rslora=True,
+        rank_pattern={"down_proj": 2},
+        alpha_pattern={"v_proj": 16, "layers.0.self_attn.q_proj": 2},
+    ),
+    "dora": LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "up_proj"],
+        task_type="CAUSAL_LM",
+        use_dora=True,
+    ),
+}
+
+
+def base():
+    """Returns the model that the adapters are of."""
+    return LlamaForCausalLM.from_pretrained(HERE / "base", dtype=torch.float32).eval()
+
+
+def logits(model):
+    """Returns the float32 logits for the fixed tokens."""
+    with torch.no_grad():
+        return model(TOKENS).logits.numpy()
+
+
+def make():
+    """Writes the base, the adapters and their logits."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    model.save_pretrained(HERE / "base")
+    wanted = {"tokens": TOKENS.numpy(), "base": logits(base())}
+    for name, config in ADAPTERS.items():
+        adapted = get_peft_model(base(), config).eval()
+        with torch.no_grad():
+            for parameter_name, parameter in adapted.named_parameters():
+                if "lora_B" in parameter_name:
+                    parameter.normal_(0, 0.2)
+                if "magnitude" in parameter_name:
+                    parameter.mul_(1.25)
+        config.base_model_name_or_path = "base"
+        adapted.save_pretrained(HERE / name)
+        wanted[name] = logits(adapted)
+        print(name, "moved the logits by", np.abs(wanted[name] - wanted["base"]).max())
+    np.savez(HERE / "logits.npz", **wanted)
+    for readme in HERE.glob("*/README.md"):
+        readme.unlink()
+
+
+def check(folder):
+    """Loads an adapter by PEFT and compares logits with logits.npy beside it."""
+    adapted = PeftModel.from_pretrained(base(), folder).eval()
+    got, ours = logits(adapted), np.load(folder / "logits.npy")
+    error = np.abs(got - ours).max() / np.abs(got).max()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    print(f"{folder.name}: r={config['r']}, max relative difference {error:.3g}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", type=pathlib.Path)
+    arguments = parser.parse_args()
+    if arguments.check is None:
+        make()
+    else:
+        check(arguments.check)

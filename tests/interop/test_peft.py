@@ -1,0 +1,280 @@
+"""Adapters of PEFT read with its logits, ours written back, files that are wrong."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax.interop.hub import load_model
+from qlora_jax.interop.peft import load_adapter, save_adapter
+from qlora_jax.lora import (
+    LoraTensor,
+    add_lora,
+    join_trainable,
+    split_trainable,
+    stack_adapters,
+)
+from qlora_jax.models import Llama, LlamaConfig
+from tests.conftest import GOLDEN
+
+FOLDER = GOLDEN / "peft_lora"
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_model(FOLDER / "base", dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def logits():
+    with np.load(FOLDER / "logits.npz") as archive:
+        yield dict(archive)
+
+
+def relative(got, wanted):
+    return np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
+
+
+def small(seed=0, layers=2):
+    config = LlamaConfig(64, 64, 128, num_layers=layers, num_heads=4, num_kv_heads=2)
+    return Llama(config, rngs=nnx.Rngs(seed))
+
+
+def perturbed(model):
+    """The model with no leaf of its adapters as it began."""
+    trainable, frozen = split_trainable(model)
+    moved = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(KEY, x.shape, x.dtype), trainable
+    )
+    return join_trainable(moved, frozen)
+
+
+@pytest.mark.parametrize("name", ["plain", "rslora", "dora"])
+def test_logits_are_those_of_peft(base, logits, name):
+    model = load_adapter(base, FOLDER / name)
+    got = model(jnp.asarray(logits["tokens"], jnp.int32))
+    # The adapters move the logits by more than 2; float32 through two layers.
+    assert relative(got, logits[name]) < 1e-5
+    assert relative(got, logits["base"]) > 0.2
+
+
+def test_what_is_read_is_what_peft_wrote(base):
+    model = load_adapter(base, FOLDER / "plain")
+    tensors = load_file(FOLDER / "plain" / "adapter_model.safetensors")
+    q = model.layers.q_proj
+    assert isinstance(q, LoraTensor) and (q.rank, q.alpha) == (4, 8.0)
+    prefix = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+    np.testing.assert_array_equal(q.a[...][1], tensors[f"{prefix}A.weight"].T)
+    np.testing.assert_array_equal(q.b[...][1], tensors[f"{prefix}B.weight"].T)
+    assert isinstance(base.layers.q_proj, nnx.Param)  # stayed as it was
+
+
+@pytest.mark.parametrize("name", ["plain", "dora"])
+def test_an_adapter_of_peft_written_again_has_its_bytes(base, name, tmp_path):
+    save_adapter(load_adapter(base, FOLDER / name), tmp_path, base_model="base")
+    got = load_file(tmp_path / "adapter_model.safetensors")
+    wanted = load_file(FOLDER / name / "adapter_model.safetensors")
+    assert got.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        np.testing.assert_array_equal(got[key], tensor)
+    ours, theirs = (
+        json.loads((folder / "adapter_config.json").read_text())
+        for folder in (tmp_path, FOLDER / name)
+    )
+    assert ours.keys() <= theirs.keys()
+    theirs["target_modules"].sort()
+    assert ours == {key: theirs[key] for key in ours}
+
+
+def test_layers_of_different_scale_share_one(base):
+    """Layer 0 of q_proj has alpha 2 in the file and layer 1 has alpha 8."""
+    q = load_adapter(base, FOLDER / "rslora").layers.q_proj
+    tensors = load_file(FOLDER / "rslora" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.{}.self_attn.q_proj.lora_B.weight"
+    ratios = [
+        float((q.b[...][i] / tensors[key.format(i)].T * q.alpha).mean()) for i in (0, 1)
+    ]
+    np.testing.assert_allclose(ratios, [2, 8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_a_round_trip_is_exact(tmp_path, dora, name):
+    model = perturbed(
+        add_lora(
+            small(),
+            rank=8,
+            alpha=4,
+            dropout=0.05,
+            rank_pattern={"down_proj": 2},
+            alpha_pattern={"[kv]_proj": 7.5},
+            rslora=True,
+            dora=dora,
+            key=KEY,
+        )
+    )
+    save_adapter(model, tmp_path, name, base_model="some/base")
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    again = load_adapter(small(), tmp_path, name)
+    for path in ("q_proj", "k_proj", "down_proj"):
+        old, new = getattr(model.layers, path), getattr(again.layers, path)
+        assert (new.rank, new.alpha, new.dropout) == (old.rank, old.alpha, 0.05)
+        assert new.rslora
+    ours, theirs = split_trainable(model)[0], split_trainable(again)[0]
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for got, wanted in zip(*map(jax.tree.leaves, (theirs, ours)), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    # A second load drops the adapters of the first and keeps the base.
+    twice = load_adapter(again, tmp_path, name)
+    assert twice.layers.q_proj.w.get_value() is again.layers.q_proj.w.get_value()
+
+
+def test_an_adapter_over_quantized_weights(logits):
+    base = load_model(FOLDER / "base", "nf4", dtype=jnp.float32)
+    model = load_adapter(base, FOLDER / "plain")
+    tokens = jnp.asarray(logits["tokens"], jnp.int32)
+    # NF4 moves the weights by a tenth; the adapter is on top of that, not lost in it.
+    assert relative(model(tokens), logits["plain"]) < 0.6
+    assert relative(base(tokens), logits["plain"]) > 0.7
+
+
+def test_saving_in_bfloat16_and_one_of_several(tmp_path):
+    model = perturbed(add_lora(small(), rank=4, targets="q_proj", key=KEY))
+    trainable, frozen = split_trainable(model)
+    doubled = jax.tree.map(lambda x: 2 * x, trainable)
+    both = join_trainable(stack_adapters([trainable, doubled]), frozen)
+    with pytest.raises(ValueError, match="'layers/q_proj' holds 2 adapters and"):
+        save_adapter(both, tmp_path)
+    save_adapter(both, tmp_path, adapter=1, dtype=jnp.bfloat16)
+    b = load_adapter(small(), tmp_path).layers.q_proj.b[...]
+    wanted = (2 * model.layers.q_proj.b[...]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(b, wanted.astype(jnp.float32))
+
+
+def test_a_plain_tree_names_its_own_modules(tmp_path):
+    tree = {"blocks": {"up": jnp.ones((3, 8, 16))}, "out": jnp.ones((16, 8))}
+    tree = perturbed(add_lora(tree, rank=2, targets=["up", "out"], key=KEY))
+
+    def module_name(path):
+        return {"blocks/up": "h.{}.up", "out": "out"}[path]
+
+    save_adapter(tree, tmp_path, module_name=module_name)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert "base_model.model.h.2.up.lora_A.weight" in keys
+    assert "base_model.model.out.lora_B.weight" in keys and len(keys) == 8
+    again = load_adapter(tree, tmp_path, module_name=module_name)
+    for got, wanted in zip(*map(jax.tree.leaves, (again, tree)), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
+    model = perturbed(add_lora(small(), rank=4, targets="q_proj", key=KEY))
+    save_adapter(model, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(add_lora(small(), rank=2, key=KEY), tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def broken(tmp_path, *, config=None, tensors=None):
+    """A copy of the plain adapter with some of it changed; None deletes a tensor."""
+    folder = tmp_path / "broken"
+    shutil.copytree(FOLDER / "plain", folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **(config or {})}))
+    path = folder / "adapter_model.safetensors"
+    changed = {**load_file(path), **(tensors or {})}
+    save_file({k: v for k, v in changed.items() if v is not None}, path)
+    return folder
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+
+
+@pytest.mark.parametrize(
+    "config, tensors, error, match",
+    [
+        ({"peft_type": "IA3"}, {}, NotImplementedError, "peft_type 'IA3'"),
+        ({"bias": "all"}, {}, NotImplementedError, "bias='all'; supported: 'none'"),
+        ({"modules_to_save": ["x"]}, {}, NotImplementedError, r"modules_to_save=\['x'"),
+        ({"init_lora_weights": "pissa"}, {}, NotImplementedError, "'pissa' adapts a"),
+        ({"r": "4"}, {}, ValueError, "r is '4', not a positive number"),
+        (
+            {"rank_pattern": {"(": 4}},
+            {},
+            ValueError,
+            r"rank_pattern '\(' is no regular",
+        ),
+        ({"alpha_pattern": [1]}, {}, ValueError, "alpha_pattern is no object"),
+        ({"r": 8}, {}, ValueError, r"lora_[AB] is \[.*rank 8 make it"),
+        ({"use_dora": True}, {}, ValueError, "lora_magnitude_vector is missing"),
+        (
+            {},
+            {f"{Q}A.weight": None},
+            ValueError,
+            "layers.0.self_attn.q_proj.lora_A is m",
+        ),
+        (
+            {},
+            {f"{Q}B.weight": np.ones((63, 4), "f4")},
+            ValueError,
+            r"layers.0.self_attn.q_proj: lora_B is \[63, 4\].*make it \[64, 4\]",
+        ),
+        (
+            {},
+            {Q.replace("layers.0", "layers.7") + "A.weight": np.ones((4, 64), "f4")},
+            ValueError,
+            r"layers\.7\.self_attn.*is of a module that the model has not",
+        ),
+        (
+            {},
+            {"base_model.model.lm_head.weight": np.ones((4, 64), "f4")},
+            ValueError,
+            r"'base_model\.model\.lm_head\.weight' is no tensor of LoRA",
+        ),
+    ],
+)
+def test_wrong_adapters(base, tmp_path, config, tensors, error, match):
+    with pytest.raises(error, match=match):
+        load_adapter(base, broken(tmp_path, config=config, tensors=tensors))
+
+
+def test_wrong_files(base, tmp_path):
+    with pytest.raises(ValueError, match=r"adapter_config.json is missing"):
+        load_adapter(base, tmp_path)
+    folder = broken(tmp_path)
+    path: pathlib.Path = folder / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    for length in (0, 7, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            ValueError, match=r"adapter_model.safetensors cannot be read"
+        ):
+            load_adapter(base, folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is missing"):
+        load_adapter(base, folder)
+    path.with_suffix(".bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match="pickled, which can run code"):
+        load_adapter(base, folder)
+    with pytest.raises(ValueError, match="holds no adapter to save"):
+        save_adapter(base, tmp_path)
+    mixed = add_lora(base, rank=2, targets="q_proj", dropout=0.1, key=KEY)
+    mixed = add_lora(mixed, rank=2, targets="k_proj", key=KEY)
+    with pytest.raises(ValueError, match=r"one dropout for all .* \[0.0, 0.1\]"):
+        save_adapter(mixed, tmp_path)
