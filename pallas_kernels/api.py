@@ -1,7 +1,7 @@
 """The public ops: checks shapes once, chooses an implementation, defines gradients."""
 
 import functools
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,17 @@ from pallas_kernels import reference, tuning
 from pallas_kernels.implementations import Implementation, run
 from pallas_kernels.packed import PackedSpec, PackedWeight
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 
 def quantized_matmul(
-    x: jax.Array,
+    x: "Float[Array, '*batch k']",
     packed: PackedWeight,
     spec: PackedSpec,
     *,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> "Float[Array, '*batch n']":
     """Multiplies by a quantized weight without keeping it dequantized.
 
         y[..., n] = sum_k x[..., k] * W[n, k],    W = dequantize(packed, spec)
@@ -49,12 +52,12 @@ def quantized_matmul(
 
 
 def quantized_matmul_dx(
-    dy: jax.Array,
+    dy: "Float[Array, '*batch n']",
     packed: PackedWeight,
     spec: PackedSpec,
     *,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> "Float[Array, '*batch k']":
     """The gradient of `quantized_matmul` with respect to x.
 
         dx[..., k] = sum_n dy[..., n] * W[n, k]
@@ -78,7 +81,9 @@ def quantized_matmul_dx(
     return _dispatch("matmul_dx", dy, packed, spec, implementation)
 
 
-def dequantize(packed: PackedWeight, spec: PackedSpec, dtype=jnp.float32) -> jax.Array:
+def dequantize(
+    packed: PackedWeight, spec: PackedSpec, dtype=jnp.float32
+) -> "Float[Array, 'n k']":
     """Returns the [n, k] weight that the codes stand for.
 
     `codebook[code] * absmax` in float32, rounded once to `dtype`: equal bit for bit to
@@ -91,7 +96,7 @@ def dequantize(packed: PackedWeight, spec: PackedSpec, dtype=jnp.float32) -> jax
     return reference.dequantize(packed, spec, dtype)
 
 
-def quantize(w: jax.Array, spec: PackedSpec) -> PackedWeight:
+def quantize(w: "Float[Array, 'n k']", spec: PackedSpec) -> PackedWeight:
     """Quantizes an [n, k] weight; see `reference.quantize` for the definition.
 
     Raises:

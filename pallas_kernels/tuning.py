@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.implementations import Implementation
 from pallas_kernels.packed import PackedSpec, PackedWeight
 
 
@@ -18,7 +19,7 @@ def compute_capability() -> float | None:
 
 def preference(
     op: str, m: int, dtype, packed: PackedWeight, spec: PackedSpec
-) -> tuple[str, ...]:
+) -> tuple[Implementation, ...]:
     """Returns implementations of `op` in the order to try; the last can always.
 
     Args:

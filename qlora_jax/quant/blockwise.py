@@ -4,11 +4,15 @@ The definitions live beside the kernels, in `pallas_kernels.reference`; here the
 names, checks and formats.
 """
 
-import jax
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 
 from pallas_kernels import reference
 from qlora_jax.quant.formats import Format, get_format
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -22,8 +26,8 @@ def check_block_size(block_size: int) -> None:
 
 
 def quantize_blockwise(
-    x: jax.Array, format: str | Format, *, block_size: int
-) -> tuple[jax.Array, jax.Array]:
+    x: "Shaped[Array, '*shape']", format: str | Format, *, block_size: int
+) -> "tuple[UInt8[Array, '*shape'], Float32[Array, 'blocks']]":
     """Rounds each number to the nearest code of its block.
 
     The array is flattened row-major and cut into blocks of `block_size`;
@@ -55,13 +59,13 @@ def quantize_blockwise(
 
 
 def dequantize_blockwise(
-    codes: jax.Array,
-    absmax: jax.Array,
+    codes: "UInt8[Array, '*shape']",
+    absmax: "Float32[Array, 'blocks']",
     format: str | Format,
     *,
     block_size: int,
     dtype=jnp.float32,
-) -> jax.Array:
+) -> "Float[Array, '*shape']":
     """Undoes `quantize_blockwise`: `codebook[code] * absmax`, rounded once to `dtype`.
 
     Args:

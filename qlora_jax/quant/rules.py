@@ -59,7 +59,9 @@ def quantize_tree(tree: Any, rules: Mapping[str, Rule]) -> Any:
         rule = rules[pattern]
         if rule is None:
             return leaf
-        arguments = dict(rule) if isinstance(rule, Mapping) else {"format": rule}
+        arguments: dict[str, Any] = (
+            dict(rule) if isinstance(rule, Mapping) else {"format": rule}
+        )
         if isinstance(leaf, QuantizedTensor):
             raise ValueError(f"{path} is quantized already (rule {pattern!r}).")
         try:

@@ -2,16 +2,20 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 import pallas_kernels
 from pallas_kernels import PackedSpec, PackedWeight
 from qlora_jax.quant.blockwise import check_block_size
 from qlora_jax.quant.formats import DYNAMIC8, Format, get_format
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Shaped
 
 _LEAVES = ("codes", "absmax", "nested_absmax", "offset", "layer")
 
@@ -190,11 +194,11 @@ class QuantizedTensor:
 
 
 def quantized_matmul(
-    x: jax.Array,
+    x: "Float[Array, '*batch in']",
     w: QuantizedTensor,
     *,
     implementation: pallas_kernels.Implementation | None = None,
-) -> jax.Array:
+) -> "Float[Array, '*batch out']":
     """Returns `x @ dequantize(w)`, accumulated in float32; what `x @ w` calls.
 
     The gradient with respect to x is computed from the same codes; the dequantized
@@ -220,7 +224,7 @@ def quantized_matmul(
 
 
 def quantize(
-    w: jax.Array,
+    w: "Shaped[Array, '*stack in out'] | Shaped[np.ndarray, '*stack in out']",
     format: str | Format = "nf4",
     *,
     block_size: int = 64,
@@ -276,7 +280,7 @@ def quantize(
     nested = nested_format and nested_format.codebook
     spec = PackedSpec(format.codebook, n, k, block_size, nested)
     packed, is_finite = _quantize_stack(w, spec, len(stack))
-    if not isinstance(is_finite, jax.core.Tracer) and not is_finite:
+    if not isinstance(is_finite, Tracer) and not is_finite:
         raise ValueError(
             f"The weight of shape {w.shape} holds NaN or infinity, which no block of "
             "codes can stand for: find out where it comes from, or replace it."
@@ -300,9 +304,10 @@ def quantize(
 def _quantize_stack(
     w: jax.Array, spec: PackedSpec, depth: int
 ) -> tuple[PackedWeight, jax.Array]:
-    def rows(w):
+    def one(w):
         return pallas_kernels.quantize(w.T, spec)
 
+    rows = one
     for _ in range(depth):
         # One matrix at a time: the temporaries are those of one.
         rows = functools.partial(jax.lax.map, rows)
@@ -310,7 +315,7 @@ def _quantize_stack(
     return rows(w), jnp.isfinite(w).all()
 
 
-def dequantize(qt: QuantizedTensor, dtype=None) -> jax.Array:
+def dequantize(qt: QuantizedTensor, dtype=None) -> "Float[Array, '*stack in out']":
     """Returns the weight that the codes stand for.
 
     Each number is `codebook[code] * absmax` in float32, rounded once to `dtype`: equal

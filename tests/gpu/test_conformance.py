@@ -1,0 +1,124 @@
+"""Every implementation x op x format x shape against the float64 product.
+
+What an implementation says it cannot do (NotImplementedError) is skipped, with its own
+words as the reason; what the table of tuned choices picks must always run.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.quant import dequantize, quantize
+from tests.tolerances import MATMUL_RELATIVE
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [
+    # m, k, n: whole tiles, ragged rows, narrow heads of GQA, few rows
+    (256, 1024, 1024),
+    (300, 1024, 1536),
+    (2048, 2048, 512),
+    (77, 4096, 1024),
+    (1, 4096, 4096),
+    (5, 2048, 1024),
+    (16, 3584, 512),
+    (64, 1024, 2816),
+]
+
+
+def both(op, x, w, implementation):
+    from pallas_kernels import quantized_matmul, quantized_matmul_dx
+
+    f = {"matmul": quantized_matmul, "matmul_dx": quantized_matmul_dx}[op]
+    return jax.jit(lambda x, p: f(x, p, w.spec, implementation=implementation))(
+        x, w.packed
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("op", ["matmul", "matmul_dx"])
+@pytest.mark.parametrize("implementation", [None, "xla", "sm90", "sm80", "matvec"])
+def test_product(implementation, op, format, dtype):
+    ran = 0
+    for m, k, n in SHAPES:
+        for double_quant in (True, False):
+            weight = jax.random.normal(jax.random.key(n), (k, n)) * 0.02
+            w = quantize(weight, format, double_quant=double_quant)
+            width = k if op == "matmul" else n
+            x = jax.random.normal(jax.random.key(m), (m, width), jnp.dtype(dtype))
+            try:
+                y = both(op, x, w, implementation)
+            except NotImplementedError as error:
+                if implementation is None:
+                    raise
+                reason = str(error)
+                continue
+            ran += 1
+            exact = np.asarray(dequantize(w, jnp.float32), np.float64)
+            if op == "matmul_dx":
+                exact = exact.T
+            expected = np.asarray(x, np.float64) @ exact
+            error = np.linalg.norm(np.asarray(y, np.float64) - expected)
+            error /= np.linalg.norm(expected)
+            where = f"{m=} {k=} {n=} {double_quant=}"
+            assert error < MATMUL_RELATIVE["bfloat16"], where
+            again = both(op, x, w, implementation)
+            np.testing.assert_array_equal(y, again, err_msg=f"two runs, {where}")
+    if not ran:
+        pytest.skip(f"{implementation}: {reason}")
+
+
+@pytest.mark.parametrize("m", [1, 16, 512])
+def test_layers_of_a_stack_under_scan(m):
+    k, n, layers = 2048, 2048, 3
+    stack = quantize(jax.random.normal(jax.random.key(0), (layers, k, n)) / k**0.5)
+    x = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
+
+    @jax.jit
+    def by_slice(x, stack):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, stack)[0]
+
+    @jax.jit
+    def by_index(x, stack):
+        def body(x, i):
+            return x @ stack.at_layer(i), None
+
+        return jax.lax.scan(body, x, jnp.arange(layers))[0]
+
+    np.testing.assert_array_equal(by_slice(x, stack), by_index(x, stack))
+
+
+@pytest.mark.parametrize("m", [1, 2048])
+def test_gradient_keeps_packed_arrays_only(m):
+    k = n = 2048
+    w = quantize(jax.random.normal(jax.random.key(0), (k, n)) / k**0.5)
+    x = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
+    dy = jax.random.normal(jax.random.key(2), (m, n), jnp.bfloat16)
+    _, vjp = jax.vjp(lambda x: x @ w, x)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(vjp)) <= w.nbytes
+    (dx,) = vjp(dy)
+    exact = np.asarray(dequantize(w, jnp.float32), np.float64)
+    expected = np.asarray(dy, np.float64) @ exact.T
+    error = np.linalg.norm(np.asarray(dx, np.float64) - expected)
+    assert error / np.linalg.norm(expected) < MATMUL_RELATIVE["bfloat16"]
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "dynamic8"])
+def test_quantizing_is_the_same_on_both_devices(format):
+    w = jax.random.normal(jax.random.key(0), (768, 520), jnp.bfloat16)
+    here = quantize(w, format)
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        there = quantize(jax.device_put(w, cpu), format)
+    np.testing.assert_array_equal(here.codes, there.codes)
+    offset = np.asarray(there.offset)
+    assert abs(np.asarray(here.offset) - offset) <= 4 * np.spacing(offset)
+    same = np.mean(np.asarray(here.absmax) == np.asarray(there.absmax))
+    assert same > 0.999  # the offset's last place may move a code across a midpoint
+    for dtype in (jnp.float32, jnp.bfloat16):
+        decoded = np.asarray(dequantize(here, dtype))
+        with jax.default_device(cpu):
+            moved = jax.tree.map(lambda leaf: jax.device_put(leaf, cpu), here)
+            np.testing.assert_array_equal(decoded, dequantize(moved, dtype))
