@@ -143,6 +143,10 @@ def next_token_loss_sum(
         weights = weights.at[:, 1:].multiply(same)
     targets, weights = tokens[:, 1:].reshape(-1), weights[:, 1:].reshape(-1)
     hidden = hidden[:, :-1].reshape(targets.size, -1)
+    # Tokens that count come first; chunks without any are then skipped. Prompts and
+    # padding are most of an instruction batch, and the head is a large part of a step.
+    order = jnp.argsort(weights == 0, stable=True)
+    hidden, targets, weights = hidden[order], targets[order], weights[order]
 
     count = min(chunk_size, targets.size)
     padding = -targets.size % count
@@ -155,10 +159,14 @@ def next_token_loss_sum(
     @jax.checkpoint
     def chunk_loss(total, chunk):
         x, target, weight = chunk
-        logits = model.head(x)  # float32 [count, vocab]
-        picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        loss = jax.nn.logsumexp(logits, axis=-1) - picked
-        return total + jnp.sum(loss * weight), None
+
+        def loss_of_chunk():
+            logits = model.head(x)  # float32 [count, vocab]
+            picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+            return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weight)
+
+        counts = jnp.any(weight != 0)
+        return total + lax.cond(counts, loss_of_chunk, lambda: jnp.float32(0)), None
 
     chunks = (chunked(hidden), chunked(targets), chunked(weights))
     total, _ = lax.scan(chunk_loss, jnp.float32(0), chunks)

@@ -44,6 +44,10 @@ class Cache:
     values: Any
     lengths: Any
 
+    def with_lengths(self, lengths: "Int[Array, 'b']") -> "Cache":
+        """Returns the cache with only the first `lengths` tokens of each row."""
+        return dataclasses.replace(self, lengths=lengths)
+
 
 def linear(
     x: "Float[Array, '*b m']", w: Any, bias: Any = None
@@ -303,7 +307,7 @@ class Llama(nnx.Module):
 
         Rows may have different lengths: a row's token `i` is at position
         `lengths + i`, and sees every filled position up to its own. Tokens of padding
-        do no harm if the caller sets `lengths` back to what is real.
+        do no harm if the caller takes them back by `Cache.with_lengths`.
 
         Args:
             tokens: the next tokens of each row.
