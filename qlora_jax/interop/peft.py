@@ -81,7 +81,8 @@ def save_adapter(
 
     Each of the two files replaces its predecessor at once: none is ever seen half
     written. The base is not saved. An adapter begun by `pissa` or `loftq` belongs to
-    the base which that changed, so save that one too.
+    the base which that changed, so save that one too. PEFT loads all that is written;
+    vLLM takes neither DoRA nor ranks and alphas that differ between weights.
 
     Args:
         model: a model with adapters, see `add_lora`.

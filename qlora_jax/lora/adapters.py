@@ -27,6 +27,7 @@ from qlora_jax.lora.places import (
     pattern_of,
     replace_weights,
 )
+from qlora_jax.quant.rules import leaf_path
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Key
@@ -257,9 +258,9 @@ def stack_adapters(trainables: Sequence[Any]) -> Any:
             )
 
     def stack(path, *leaves):
-        # A magnitude has no row axis: [*stack, out].
-        axis = -2 if "magnitude" in jax.tree_util.keystr(path[-2:]) else -3
-        return jnp.stack(leaves, axis)
+        # A magnitude has one axis behind the stack, [*stack, out]; a and b have two.
+        is_magnitude = leaf_path(path).rsplit("/", 1)[-1] == "magnitude"
+        return jnp.stack(leaves, -2 if is_magnitude else -3)
 
     return jax.tree_util.tree_map_with_path(stack, *trainables)
 

@@ -186,8 +186,8 @@ def initialised(
         )
     if callable(init) or init in _FROM_WEIGHT:
         begin = init if callable(init) else _FROM_WEIGHT[init]
-        one = functools.partial(begin, rank=rank, scale=scale, format=quantize)
-        return by_matrix(one, w, depth=len(stack))
+        options = {"rank": rank, "scale": scale, "format": quantize}
+        return by_matrix(begin, w, depth=len(stack), **options)
     if init == "orthogonal":
         a, b = orthogonal(key, (*stack, n_in, rank, n_out))
     elif init == "kaiming" or init == "gaussian":
@@ -211,17 +211,16 @@ def with_magnitude(lt: LoraTensor, dtype: Any = jnp.float32) -> LoraTensor:
         The same with `magnitude` = |w + scale * a @ b| and `square_norm` = |w|², by
         column.
     """
-
-    def norms(one: LoraTensor):
-        base = dense(one.w)
-        square = jnp.square(base).sum(0)
-        whole = base + one.scale * (one.a @ one.b).astype(jnp.float32)
-        return square, jnp.sqrt(jnp.square(whole).sum(0))
-
-    square, magnitude = by_matrix(norms, lt, depth=lt.ndim - 2)
+    square, magnitude = by_matrix(_column_norms, lt, depth=lt.ndim - 2)
     return dataclasses.replace(
         lt, square_norm=square, magnitude=magnitude.astype(dtype)
     )
+
+
+def _column_norms(lt: LoraTensor) -> tuple[jax.Array, jax.Array]:
+    base = dense(lt.w)
+    whole = base + lt.scale * (lt.a @ lt.b).astype(jnp.float32)
+    return jnp.square(base).sum(0), jnp.sqrt(jnp.square(whole).sum(0))
 
 
 def dense(w: Any, dtype: Any = jnp.float32) -> "Float[Array, '*stack in out']":
@@ -229,21 +228,32 @@ def dense(w: Any, dtype: Any = jnp.float32) -> "Float[Array, '*stack in out']":
     return dequantize(w, dtype) if isinstance(w, QuantizedTensor) else w.astype(dtype)
 
 
-def by_matrix(function: Callable[[Any], Any], weight: Any, *, depth: int) -> Any:
+def by_matrix(
+    function: Callable[..., Any], weight: Any, *, depth: int, **options: Any
+) -> Any:
     """Applies a function of one matrix to each of a stack, one at a time, jitted.
 
     Args:
-        function: from a weight [in, out] to a pytree.
+        function: from a weight [in, out], and the options, to a pytree.
         weight: a pytree whose leaves have `depth` stack axes in front.
         depth: how many.
+        **options: further arguments of the function, hashable.
 
     Returns:
         What the function gives, with the stack axes in front of each leaf.
     """
+    return _by_matrix(function, weight, depth, tuple(options.items()))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _by_matrix(
+    function: Callable[..., Any], weight: Any, depth: int, options: tuple[Any, ...]
+) -> Any:
+    function = functools.partial(function, **dict(options))
     for _ in range(depth):
         # One matrix at a time: the temporaries are those of one.
         function = functools.partial(jax.lax.map, function)
-    return jax.jit(function)(weight)
+    return function(weight)
 
 
 def _looks_at_weight(init: Init) -> bool:

@@ -84,7 +84,7 @@ def merge_lora(
     def merged(path: str, lt: LoraTensor) -> Any:
         one = one_adapter(path, opened(lt), adapter)
         depth = lt.ndim - 2
-        weight, sums = by_matrix(lambda m: _merge(m, dtype), one, depth=depth)
+        weight, sums = by_matrix(_merge, one, depth=depth, dtype=dtype)
         error, size, change = (float(jnp.sum(s)) for s in sums)
         drift[path] = Drift((error / size) ** 0.5, (change / size) ** 0.5)
         return dataclasses.replace(lt, merged=weight) if keep_base else weight

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import optax
 
+from qlora_jax.quant.rules import leaf_path
+
 
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
     """Multiplies the updates of `b`, and of magnitudes, by a ratio.
@@ -28,9 +30,8 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
         raise ValueError(f"{ratio=} must be positive; 1 leaves the updates alone.")
 
     def faster(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        # In an nnx.State the array may lie one key below the Variable's name.
-        names = {jax.tree_util.keystr((key,), simple=True) for key in path[-2:]}
-        return update * ratio if names & {"b", "magnitude"} else update
+        name = leaf_path(path).rsplit("/", 1)[-1]
+        return update * ratio if name in ("b", "magnitude") else update
 
     return optax.stateless(
         lambda updates, _: jax.tree_util.tree_map_with_path(faster, updates)
