@@ -179,14 +179,15 @@ class LoraTensor:
             return x @ unwrapped(self.merged)
         w, a, b = unwrapped(self.w), unwrapped(self.a), unwrapped(self.b)
         y = x @ w
-        # The scale goes onto b in float32: one rounding, and no pass over the rows.
-        b = b * self.scale
-        if self.num_adapters is None:
-            y = y + self._low_rank(x, a, b, x.dtype).astype(y.dtype)
-        else:
-            y = y + self._selected(x, a, b).astype(y.dtype)
+        key = self.key if self.dropout else None
+        adapter = functools.partial(_low_rank, scale=self.scale, rate=self.dropout)
+        # Of the adapter the backward pass keeps its leaves, x and the products: not the
+        # mask, the dropped x, the masters rounded or the rows' copies of them. q, k and
+        # v then share the one x that they were given.
+        adapter = jax.checkpoint(adapter, policy=jax.checkpoint_policies.dots_saveable)
+        y = y + adapter(x, a, b, key, self.ids).astype(y.dtype)
         if self.magnitude is not None:
-            y = y * self._column_ratio(w, a, b, x.dtype).astype(y.dtype)
+            y = y * self._column_ratio(w, a, b * self.scale, x.dtype).astype(y.dtype)
         return y
 
     def _check(self, x: Leaf) -> None:
@@ -222,36 +223,6 @@ class LoraTensor:
                 "Merge them, or join them one at a time."
             )
 
-    def _low_rank(self, x: Leaf, a: Leaf, b: Leaf, dtype: Any) -> Leaf:
-        """dropout(x) @ a @ b for one adapter."""
-        return self._down(x, a.astype(dtype), jnp.dot) @ b.astype(dtype)
-
-    def _selected(self, x: Leaf, a: Leaf, b: Leaf) -> Leaf:
-        """dropout(x) @ a[id] @ b[id], the id by row or one for all."""
-        # mode="fill" would wrap a negative id; it means the base alone.
-        index = jnp.maximum(self.ids, 0)
-        take = functools.partial(
-            jnp.take, indices=index, axis=0, mode="fill", fill_value=jnp.nan
-        )
-        a, b = take(a.astype(x.dtype)), take(b.astype(x.dtype))
-        b = jnp.where(self.ids[..., None, None] < 0, jnp.zeros_like(b), b)
-        if self.ids.ndim == 0:
-            return self._low_rank(x, a, b, x.dtype)
-        rows = functools.partial(jnp.einsum, "b...i,bir->b...r")
-        return rows(self._down(x, a, rows), b)
-
-    def _down(self, x: Leaf, a: Leaf, product: Any) -> Leaf:
-        """product(dropout(x), a), of which the backward pass keeps x, a and the key."""
-        if self.key is None or self.dropout == 0:
-            return product(x, a)
-
-        def dropped(x, a, key):
-            return product(dropout(x, key, rate=self.dropout), a)
-
-        # checkpoint: neither the mask nor the dropped x is kept; both come again from
-        # the key. q, k and v then share the one x that they were given.
-        return jax.checkpoint(dropped)(x, a, self.key)
-
     def _column_ratio(self, w: Leaf, a: Leaf, b: Leaf, dtype: Any) -> Leaf:
         """Magnitude / |w + a @ b| by column, without forming the sum.
 
@@ -270,6 +241,26 @@ class LoraTensor:
 def scale_of(rank: int, alpha: float, rslora: bool) -> float:
     """Alpha / rank, or alpha / sqrt(rank) (rsLoRA, https://arxiv.org/abs/2312.03732)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def _low_rank(
+    x: Leaf, a: Leaf, b: Leaf, key: Leaf, ids: Leaf, *, scale: float, rate: float
+) -> Leaf:
+    """dropout(x) @ a @ b * scale in the dtype of x, a and b by row if there are ids."""
+    dropped = x if key is None else dropout(x, key, rate=rate)
+    # The scale goes onto b in float32: one rounding, and no pass over the rows.
+    a, b = a.astype(x.dtype), (b * scale).astype(x.dtype)
+    if ids is None:
+        return dropped @ a @ b
+    # A negative id would count from the end; it means the base alone.
+    take = functools.partial(
+        jnp.take, indices=jnp.maximum(ids, 0), axis=0, mode="fill", fill_value=jnp.nan
+    )
+    a, b = take(a), take(b)
+    b = jnp.where(ids[..., None, None] < 0, jnp.zeros_like(b), b)
+    if ids.ndim == 0:
+        return dropped @ a @ b
+    return jnp.einsum("n...r,nro->n...o", jnp.einsum("n...i,nir->n...r", dropped, a), b)
 
 
 def dropout(

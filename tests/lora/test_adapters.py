@@ -433,3 +433,20 @@ def test_llama(remat):
     # b is zero, so only b moves at first.
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert bool(leaf.any()) == ("'b'" in jax.tree_util.keystr(path)), path
+
+
+def test_dropout_costs_no_activations():
+    config = LlamaConfig(64, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2)
+    model = Llama(config, rngs=nnx.Rngs(0))
+
+    def kept(dropout):
+        trainable, frozen = split_trainable(
+            add_lora(model, rank=4, dropout=dropout, key=KEY)
+        )
+        _, vjp = jax.vjp(
+            lambda t: join_trainable(t, frozen, key=KEY).hidden(tokens()), trainable
+        )
+        shapes = [x.shape for x in jax.tree.leaves(vjp) if hasattr(x, "shape")]
+        return sum(np.prod(shape) for shape in shapes if shape[1:3] == (4, 6))
+
+    assert kept(0.1) == kept(0.0) > 0

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from qlora_jax.lora import LoraTensor
 from qlora_jax.lora.initial import with_magnitude
@@ -122,25 +124,33 @@ def test_dropout_needs_a_key_and_is_a_function_of_it():
     assert relative(first, wanted) < 2e-6
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_dropout_keeps_neither_mask_nor_dropped_input(remat):
-    lt = make(dropout=0.25, key=jax.random.key(0))
-    x = draw(3, 5, 64)
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_the_backward_pass_keeps_x_the_product_and_the_masters(rate):
+    """Neither a mask, nor the dropped x, nor rounded copies of a and b."""
+    lt = make(dropout=rate, key=jax.random.key(0), dtype=jnp.bfloat16)
+    x = draw(3, 5, 64, dtype=jnp.bfloat16)
 
     def matmul(x, a, b):
         return x @ dataclasses.replace(lt, a=a, b=b)
 
-    matmul = jax.checkpoint(matmul) if remat else matmul
     _, vjp = jax.vjp(matmul, x, lt.a, lt.b)
     kept = [leaf for leaf in jax.tree.leaves(vjp) if hasattr(leaf, "shape")]
-    like_x = [leaf for leaf in kept if leaf.shape == x.shape]
+    own = [(64, 8), (8, 96), (5, 64), (5, 8)]  # a, b, x, dropout(x) @ a
+    own = [leaf for leaf in kept if leaf.shape in own]
+    assert sum(leaf.nbytes for leaf in own) <= 4 * (64 + 96) * 8 + 2 * 5 * (64 + 8)
     assert not [leaf for leaf in kept if leaf.dtype in (bool, jnp.uint8)]
-    assert len(like_x) <= 1
-    for leaf in like_x:
-        np.testing.assert_array_equal(leaf, x)
-    # The mask of the backward pass is that of the forward: linear in x, so exact.
-    y, vjp = jax.vjp(lambda x: x @ lt, x)
+    for leaf in own:
+        if leaf.shape == x.shape:
+            np.testing.assert_array_equal(leaf, x)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_mask_of_the_backward_pass_is_that_of_the_forward(remat):
+    lt, x = make(dropout=0.25, key=jax.random.key(0)), draw(3, 5, 64)
+    matmul = lambda x: x @ lt
+    y, vjp = jax.vjp(jax.checkpoint(matmul) if remat else matmul, x)
     (dx,) = vjp(jnp.ones_like(y))
+    # Linear in x for a given mask, so that y = dx . x.
     assert float(y.sum()) == pytest.approx(float((dx * x).sum()), rel=1e-4)
 
 
@@ -267,3 +277,17 @@ def test_wrong_calls():
     dora = dataclasses.replace(many, magnitude=jnp.ones((3, 96)), ids=jnp.array([0, 0]))
     with pytest.raises(NotImplementedError, match="Several DoRA adapters"):
         x @ dora
+
+
+def test_sharded_weights_and_rows():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    place = lambda leaf, *spec: jax.device_put(leaf, NamedSharding(mesh, P(*spec)))
+    lt = make(dropout=0.25, key=jax.random.key(0))
+    x = draw(3, 8, 6, 64)
+    sharded = dataclasses.replace(
+        lt, w=place(lt.w, None, "model"), a=place(lt.a), b=place(lt.b, None, "model")
+    )
+    matmul = jax.jit(lambda x, lt: x @ lt)
+    got = matmul(place(x, "data"), sharded)
+    assert got.sharding.spec == P("data", None, "model")
+    np.testing.assert_allclose(got, matmul(x, lt), rtol=1e-5, atol=1e-5)
