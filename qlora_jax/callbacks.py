@@ -78,9 +78,11 @@ class JsonlLog(Callback):
 
     def start(self, step: int, steps: int) -> None:
         """Drops what an interrupted run wrote after `step`."""
-        kept = [line for line in self.read() if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        self.path.write_text(text, encoding="utf-8")
+        lines = [line for line in self.read() if line["step"] <= step]
+        kept = [json.dumps(line) + "\n" for line in lines if "finished" not in line]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self.path)
 
     def step(self, report: StepReport) -> None:
         """Writes the step."""

@@ -19,8 +19,8 @@ from flax import nnx
 from jax import lax
 
 from qlora_jax.callbacks import Callback, StepReport
-from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.lora import join_trainable, split_trainable
+from qlora_jax.run import Run
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -304,30 +304,30 @@ def fit(
     config: TrainConfig,
     tx: optax.GradientTransformation | None = None,
     *,
+    run: Run | None = None,
     callbacks: Sequence[Callback] = (),
-    checkpoints: Checkpoints | None = None,
 ) -> Any:
     """Trains the adapters of a model.
 
-    With checkpoints a run may be killed at any moment: called again in the same way it
-    goes on from the last one, and every number is the one that an unbroken run gives.
+    With a `Run` it may be killed at any moment: called again in the same way it goes on
+    from the last checkpoint, and every number is the one that an unbroken run gives.
 
     Args:
         model: with adapters, see `add_lora`; it stays as it was.
-        batches: gives `config.batch_size` rows at a time. With checkpoints its
-            iterator has `get_state()` and `set_state(state)`, as `data.Batches` has.
+        batches: gives `config.batch_size` rows at a time. With a `Run` its iterator
+            has `get_state()` and `set_state(state)`, as `data.Batches` has.
         config: hyperparameters; those of LoRA have been used in `add_lora`.
         tx: the optimizer; None for `config.optimizer()`.
-        callbacks: told about every step, see `Callback`.
-        checkpoints: where the state is saved every `config.save_every` steps and at the
-            end, and taken up from.
+        run: the folder where every step is written down, and the state is saved every
+            `config.save_every` steps and at the end, and taken up from.
+        callbacks: told about every step, as `ProgressBar()`.
 
     Returns:
         The model with trained adapters.
 
     Raises:
-        ValueError: if the checkpoints are of a run with other hyperparameters, another
-            model or other data.
+        ValueError: if the run was saved with other hyperparameters, another model or
+            other data.
     """
     tx = config.optimizer() if tx is None else tx
     rates = config.learning_rates()
@@ -336,8 +336,8 @@ def fit(
     opt_state = tx.init(trainable)
     iterator = iter(batches)
     first = 0
-    if checkpoints is not None and checkpoints.latest() is not None:
-        saved = checkpoints.restore((trainable, opt_state))
+    if run is not None and run.checkpoints.latest() is not None:
+        saved = run.checkpoints.restore((trainable, opt_state))
         check_same_run(saved.notes["config"], config)
         trainable, opt_state = saved.tree
         iterator.set_state(saved.notes["data"])  # pyright: ignore
@@ -347,6 +347,7 @@ def fit(
     )
     step = make_train_step(tx, accumulate=config.accumulate, loss_sum=loss_sum)
     dropout_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    callbacks = [*callbacks, run.log] if run is not None else callbacks
     for callback in callbacks:
         callback.start(first, config.steps)
     clock = time.perf_counter()
@@ -382,14 +383,14 @@ def fit(
         tell()
         waiting = (number, batch["tokens"].size, metrics)
         done = number + 1
-        if checkpoints and (done % config.save_every == 0 or done == config.steps):
+        if run is not None and (done % config.save_every == 0 or done == config.steps):
             tell()
             waiting = None
             notes = {
                 "config": dataclasses.asdict(config),
                 "data": iterator.get_state(),  # pyright: ignore
             }
-            checkpoints.save(done, (trainable, opt_state), notes)
+            run.checkpoints.save(done, (trainable, opt_state), notes)
     tell()
     for callback in callbacks:
         callback.end()

@@ -5,6 +5,7 @@ Rows are padded on the right, which causal attention never looks back on, so the
 neither segment ids nor positions.
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -53,10 +54,19 @@ class BatchIterator(Iterator[Batch]):
 
     def get_state(self) -> dict[str, int]:
         """Returns where the iterator stands, as JSON can hold it."""
-        return {"taken": self._taken}
+        return {"taken": self._taken, "examples": self._batches.fingerprint}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes on from a state, in an iterator over the same examples."""
+        """Goes on from a state.
+
+        Raises:
+            ValueError: if it was taken over other examples, sizes or seed.
+        """
+        if state["examples"] != self._batches.fingerprint:
+            raise ValueError(
+                "The data, their order or the batch are not those that the saved run "
+                "was using: give the same ones, or start anew in another folder."
+            )
         self._taken = state["taken"]
 
 
@@ -71,6 +81,9 @@ class Batches:
         batch_size: rows of a batch.
         seq_len: tokens of a row.
         seed: of the order.
+
+    Attributes:
+        fingerprint: a checksum of all of these.
 
     Raises:
         ValueError: if a size is not positive, or no answer begins within `seq_len`.
@@ -88,6 +101,11 @@ class Batches:
             raise ValueError(f"{batch_size=} must be at least 1 and {seq_len=} 2.")
         self.examples = fitting(examples, seq_len)
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        checksum = zlib.crc32(repr((batch_size, seq_len, seed)).encode())
+        for example in self.examples:
+            checksum = zlib.crc32(example.tokens.tobytes(), checksum)
+            checksum = zlib.crc32(example.loss_mask.tobytes(), checksum)
+        self.fingerprint = checksum
 
     def __iter__(self) -> BatchIterator:
         return BatchIterator(self)
