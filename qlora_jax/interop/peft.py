@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 from qlora_jax.interop.safetensors import read_json
 from qlora_jax.interop.weights import ModelFileError, hf_name
 from qlora_jax.lora.initial import with_magnitude
-from qlora_jax.lora.lora import LoraTensor, scale_of
+from qlora_jax.lora.lora import LoraTensor, scale_of, unwrapped
 from qlora_jax.lora.merge import one_adapter
 from qlora_jax.lora.places import listed, named_weights, opened, replace_weights
 
@@ -172,7 +171,7 @@ def load_adapter(
             for index, module in _modules(where, weight, module_name):
                 modules[module] = where, index
     new: dict[str, Any] = {  # adapters of before are dropped
-        where: weight.w if not hasattr(weight.w, "get_value") else weight.w.get_value()
+        where: unwrapped(weight.w)
         for where, weight in weights.items()
         if isinstance(weight, LoraTensor)
     }
@@ -254,20 +253,15 @@ def _config(
 
 def _write(path: pathlib.Path, data: bytes) -> None:
     """Replaces a file at once: readers see the old one or the new one, whole."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; a new file is as the umask says.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:

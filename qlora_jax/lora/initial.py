@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.lora.lora import LoraTensor, kaiming_uniform
+from qlora_jax.lora.places import is_weight
 from qlora_jax.quant import QuantizedTensor, dequantize, quantize
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def orthogonal(
     q, _ = jnp.linalg.qr(jax.random.normal(key_q, (*stack, rank, rank)))
     half_a = jax.random.normal(key_a, (*stack, n_in, rank // 2))
     half_b = jax.random.normal(key_b, (*stack, rank // 2, n_out))
-    a = half_a @ q[..., 0::2, :] / 10
-    b = jnp.swapaxes(q[..., 1::2, :], -1, -2) @ half_b / 10
+    a = exact_product(half_a, q[..., 0::2, :]) / 10
+    b = exact_product(jnp.swapaxes(q[..., 1::2, :], -1, -2), half_b) / 10
     return a, b
 
 
@@ -92,7 +93,7 @@ def pissa(
     Source: https://arxiv.org/abs/2404.02948.
     """
     a, b = _principal(w.astype(jnp.float32), rank, scale)
-    rest = (w - scale * (a @ b)).astype(w.dtype)
+    rest = (w - scale * exact_product(a, b)).astype(w.dtype)
     return (rest if format is None else quantize(rest, format)), a, b
 
 
@@ -137,7 +138,7 @@ def loftq(
     for _ in range(steps):
         base = quantize(rest.astype(w.dtype), format)
         a, b = _principal(whole - dequantize(base, jnp.float32), rank, scale)
-        rest = whole - scale * (a @ b)
+        rest = whole - scale * exact_product(a, b)
     return base, a, b
 
 
@@ -179,12 +180,13 @@ def initialised(
             the weight itself is needed.
     """
     *stack, n_in, n_out = w.shape
-    if (quantize is not None or _looks_at_weight(init)) and not hasattr(w, "astype"):
+    looks_at_weight = callable(init) or init in _FROM_WEIGHT
+    if (quantize is not None or looks_at_weight) and is_weight(w):
         raise ValueError(
             f"{path!r} is quantized already: load the model unquantized for {init=}, "
             f"{quantize=}."
         )
-    if callable(init) or init in _FROM_WEIGHT:
+    if looks_at_weight:
         begin = init if callable(init) else _FROM_WEIGHT[init]
         options = {"rank": rank, "scale": scale, "format": quantize}
         return by_matrix(begin, w, depth=len(stack), **options)
@@ -219,8 +221,14 @@ def with_magnitude(lt: LoraTensor, dtype: Any = jnp.float32) -> LoraTensor:
 
 def _column_norms(lt: LoraTensor) -> tuple[jax.Array, jax.Array]:
     base = dense(lt.w)
-    whole = base + lt.scale * (lt.a @ lt.b).astype(jnp.float32)
+    whole = base + lt.scale * exact_product(lt.a, lt.b)
     return jnp.square(base).sum(0), jnp.sqrt(jnp.square(whole).sum(0))
+
+
+def exact_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns a @ b in float32, on GPUs too, whose default is TF32."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def dense(w: Any, dtype: Any = jnp.float32) -> "Float[Array, '*stack in out']":
@@ -254,10 +262,6 @@ def _by_matrix(
         # One matrix at a time: the temporaries are those of one.
         function = functools.partial(jax.lax.map, function)
     return function(weight)
-
-
-def _looks_at_weight(init: Init) -> bool:
-    return callable(init) or init in _FROM_WEIGHT
 
 
 def _quantized(w: Any, format: str | None) -> Any:

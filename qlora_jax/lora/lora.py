@@ -231,7 +231,8 @@ class LoraTensor:
         """
         a, b = jax.lax.stop_gradient((a, b))
         cross = (a.T.astype(dtype) @ w).astype(b.dtype)
-        square = (b * (2 * cross + (a.T @ a) @ b)).sum(0)
+        exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        square = (b * (2 * cross + exact(exact(a.T, a), b))).sum(0)
         norm = jnp.sqrt(unwrapped(self.square_norm) + square)
         # Without the barrier m / sqrt(s) becomes m * rsqrt(s), which is not 1 for a
         # zero adapter.
@@ -247,7 +248,10 @@ def _low_rank(
     x: Leaf, a: Leaf, b: Leaf, key: Leaf, ids: Leaf, *, scale: float, rate: float
 ) -> Leaf:
     """dropout(x) @ a @ b * scale in the dtype of x, a and b by row if there are ids."""
-    dropped = x if key is None else dropout(x, key, rate=rate)
+    dropped = x
+    if key is not None:
+        dropped, probability = dropout(x, key, rate=rate)
+        scale = scale / probability
     # The scale goes onto b in float32: one rounding, and no pass over the rows.
     a, b = a.astype(x.dtype), (b * scale).astype(x.dtype)
     if ids is None:
@@ -265,13 +269,11 @@ def _low_rank(
 
 def dropout(
     x: "Float[Array, '*batch in']", key: "Key[Array, '']", *, rate: float
-) -> "Float[Array, '*batch in']":
-    """Zeroes each number with probability `rate` and scales the others up.
+) -> "tuple[Float[Array, '*batch in'], float]":
+    """Zeroes each number with probability `rate`.
 
     The mask takes one random byte a number, a quarter of the random words that one
-    draw for each would: the rate is rounded to a multiple of 1/256 (0.05 to 0.0508),
-    and the survivors are divided by the probability as rounded, so that the mean is
-    kept.
+    draw for each would: the rate is rounded to a multiple of 1/256 (0.05 to 0.0508).
 
     Args:
         x: activations.
@@ -279,7 +281,8 @@ def dropout(
         rate: the probability of zero, in [0, 1).
 
     Returns:
-        An array like `x`.
+        An array like `x`, not yet scaled, and the probability of being kept, as
+        rounded: what to divide by for the mean to be that of `x`.
     """
     threshold = round(rate * 256)
     *batch, n = x.shape
@@ -287,7 +290,7 @@ def dropout(
     words = jax.random.bits(key, (*batch, -(-n // 4)), jnp.uint32)
     draws = jax.lax.bitcast_convert_type(words, jnp.uint8)  # [*batch, words, 4]
     kept = draws.reshape(*batch, -1)[..., :n] >= threshold
-    return jnp.where(kept, x * (256 / (256 - threshold)), jnp.zeros_like(x))
+    return jnp.where(kept, x, jnp.zeros_like(x)), 1 - threshold / 256
 
 
 def kaiming_uniform(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.lora.initial import by_matrix, dense
+from qlora_jax.lora.initial import by_matrix, dense, exact_product
 from qlora_jax.lora.lora import LoraTensor
 from qlora_jax.lora.places import map_lora, named_weights, opened
 from qlora_jax.quant import QuantizedTensor, quantize
@@ -115,8 +115,7 @@ def unmerge_lora(model: Any) -> Any:
 
 def delta(lt: LoraTensor) -> jax.Array:
     """Returns scale * a @ b in float32, [*stack, in, out], of an adapter of arrays."""
-    a, b = lt.a.astype(jnp.float32), lt.b.astype(jnp.float32)
-    return lt.scale * (a @ b)
+    return lt.scale * exact_product(lt.a, lt.b)
 
 
 def _merge(lt: LoraTensor, dtype: Any):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from qlora_jax.lora.lora import Frozen, LoRAParam, LoraTensor, unwrapped
@@ -25,9 +26,8 @@ def is_module(model: Any) -> bool:
 
 def is_weight(node: Any) -> bool:
     """Whether a node is used as `x @ node` and is no array: a leaf of these walks."""
-    return hasattr(type(node), "__rmatmul__") and not isinstance(
-        node, jax.Array | nnx.Variable
-    )
+    arrays = jax.Array | np.ndarray | np.generic | nnx.Variable
+    return hasattr(type(node), "__rmatmul__") and not isinstance(node, arrays)
 
 
 def named_weights(model: Any) -> dict[str, Any]:

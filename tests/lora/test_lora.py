@@ -100,14 +100,12 @@ def test_gradients_are_those_of_the_equation():
 @pytest.mark.parametrize("shape", [(1000, 64), (7, 3, 13), (5,)])
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
 def test_dropout_zeroes_at_its_rate_and_keeps_the_mean(shape, rate):
-    ones = jax.vmap(lambda k: dropout(jnp.ones(shape), k, rate=rate))(
-        jax.random.split(jax.random.key(0), -(-64000 // int(np.prod(shape))))
-    )
-    n, rounded = ones.size, round(rate * 256) / 256
-    deviation = (rounded * (1 - rounded) / n) ** 0.5
+    keys = jax.random.split(jax.random.key(0), -(-64000 // int(np.prod(shape))))
+    ones, kept = jax.vmap(lambda k: dropout(jnp.ones(shape), k, rate=rate))(keys)
+    rounded = round(rate * 256) / 256
+    deviation = (rounded * (1 - rounded) / ones.size) ** 0.5
     assert abs((ones == 0).mean() - rounded) < 5 * deviation
-    assert abs(ones.mean() - 1) < 5 * deviation / (1 - rounded)
-    np.testing.assert_allclose(ones[ones != 0], 1 / (1 - rounded), rtol=1e-6)
+    assert set(np.unique(ones)) == {0.0, 1.0} and (kept == 1 - rounded).all()
 
 
 def test_dropout_needs_a_key_and_is_a_function_of_it():
@@ -119,8 +117,8 @@ def test_dropout_needs_a_key_and_is_a_function_of_it():
     np.testing.assert_array_equal(first, again)
     assert relative(first, other) > 0.1
     # Only the adapter's input is dropped.
-    kept = dropout(x, jax.random.key(0), rate=0.5)
-    wanted = formula(x, lt, 0) + formula(kept, lt, 2) - formula(kept, lt, 0)
+    kept, _ = dropout(x, jax.random.key(0), rate=0.5)
+    wanted = formula(x, lt, 0) + formula(kept, lt, 4) - formula(kept, lt, 0)
     assert relative(first, wanted) < 2e-6
 
 
@@ -290,4 +288,4 @@ def test_sharded_weights_and_rows():
     matmul = jax.jit(lambda x, lt: x @ lt)
     got = matmul(place(x, "data"), sharded)
     assert got.sharding.spec == P("data", None, "model")
-    np.testing.assert_allclose(got, matmul(x, lt), rtol=1e-5, atol=1e-5)
+    assert relative(got, matmul(x, lt)) < 2e-6

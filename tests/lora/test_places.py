@@ -66,3 +66,11 @@ def test_metadata_of_the_variable_is_kept():
 def test_long_lists_are_cut():
     assert listed([str(i) for i in range(14)]).endswith("10, 11 and 2 more")
     assert listed([]) == "none"
+
+
+def test_numpy_arrays_are_arrays():
+    tree = {"embed": np.ones((8, 4), np.float32), "w_proj": np.ones((8, 8), np.float32)}
+    adapted = add_lora(tree, rank=2, key=KEY)
+    assert isinstance(adapted["embed"], np.ndarray)
+    x = np.ones((3, 8), np.float32)
+    np.testing.assert_array_equal(x @ adapted["w_proj"], x @ tree["w_proj"])
