@@ -130,15 +130,19 @@ class LaneOps:
         return mgpu_utils.c(x - (1 << 32) if x >= 1 << 31 else x, self._i32)
 
     def and_(self, a, mask):
+        """Bitwise and with a constant."""
         return arith.andi(a, self._constant(mask))
 
     def or_(self, a, bits):
+        """Bitwise or with a constant."""
         return arith.ori(a, self._constant(bits))
 
     def shift_right(self, a, bits):
+        """Logical shift."""
         return arith.shrui(a, self._constant(bits))
 
     def permute(self, a, b, selector):
+        """`prmt.b32`."""
         if isinstance(selector, int):
             selector = self._constant(selector)
         return llvm.inline_asm(
@@ -146,10 +150,12 @@ class LaneOps:
         )
 
     def multiply(self, a, constant):
+        """The float32 product."""
         value = arith.constant(self._f32, ir.FloatAttr.get(self._f32, constant))
         return arith.mulf(a, value)
 
     def round_pair(self, low, high):
+        """`cvt.rn` of two numbers at once."""
         return llvm.inline_asm(
             self._i32, [high, low], f"cvt.rn.{self._round}.f32 $0, $1, $2;", "=r,f,f"
         )

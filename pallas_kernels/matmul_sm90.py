@@ -4,19 +4,18 @@
     matmul_dx   dx[m, k] = dy[m, n] @ W[n, k]
 
 Both read the codes as they are stored and decode them into shared memory, never into
-device memory. A block of four warpgroups computes 128 features of `tile_m` rows, 64
-numbers of the contraction a step:
+device memory. A block of three warpgroups computes 128 features of `tile_m` rows:
 
-    loader     one warp copies tiles of x (or dy), one tiles of codes, by TMA
-    decoder    codes -> 16-bit numbers, scaled, in a 128-byte swizzled tile of shared
-               memory, one block of 64 weights a lane (see `decode.py`)
-    consumers  two warpgroups, each 64 features: wgmma, the decoded tile its first
-               operand, x transposed its second, so that what it accumulates is a tile
-               of yᵀ; written out transposed
+    loader     copies tiles of x (or dy) and of codes by TMA, and makes float32 scales
+    consumers  two warpgroups, each 64 features: while the tensor cores work on one
+               span of 128 numbers of the contraction, the warps decode the next into a
+               swizzled tile of shared memory, a block of 64 weights a lane (see
+               `decode.py`); wgmma takes the decoded tile as its first operand and x
+               transposed as its second, so that what is accumulated is a tile of yᵀ
 
-A step's decoded tile is [128, 64] numbers of W in the forward pass and [64, 128] in the
-backward pass, always with k running fastest as the codes do; the backward pass lets
-wgmma read it transposed. Nothing else differs between the two.
+The decoded tile of a consumer and a span is two halves of [64, 64] numbers, k running
+fastest as the codes do: forward, 64 features by twice 64 of k; backward, twice 64 of n
+by 64 features, and wgmma reads it transposed. Nothing else differs between the passes.
 """
 
 import dataclasses
@@ -40,17 +39,24 @@ from pallas_kernels.packed import PackedSpec, PackedWeight
 
 # Features of a block; a warpgroup of consumers has half of them.
 TILE_FEATURES = 128
-# Contraction of a step: 64 16-bit numbers are the 128 bytes of a swizzled row.
+# Contraction of a wgmma: 64 16-bit numbers are the 128 bytes of a swizzled row.
 STEP = 64
-# Codes are copied, and scales loaded, for this many steps at a time.
-GROUP = 4
-# Bytes of codes of a group, either pass: 128 features x 256 / 2.
-GROUP_BYTES = TILE_FEATURES * STEP * GROUP // 2
-# Groups of codes in shared memory: one read, one on its way.
+# Steps that are decoded together, so that every lane of a consumer has 64 weights.
+SPAN_STEPS = 2
+SPAN = STEP * SPAN_STEPS
+# Spans of codes and scales in shared memory: one read, one on its way.
 CODE_STAGES = 2
+# Decoded spans in shared memory: one under wgmma, one being written.
+WEIGHT_STAGES = 2
+# Results leave in tiles of so many rows, through two of them a consumer.
+OUT_ROWS = 32
+OUT_SLOTS = 2
 # Shared memory of a block on Hopper, less a little for barriers.
 SHARED_BYTES = 227 * 1024 - 512
 LANES = 128
+# A lane of each of the three warpgroups brings 168.
+LOADER_REGISTERS = 56
+CONSUMER_REGISTERS = 224
 
 Pass = Literal["forward", "backward"]
 
@@ -62,36 +68,26 @@ class Config:
     Attributes:
         tile_m: rows of x of a block.
         stages: tiles of x in shared memory.
-        weight_stages: decoded tiles in shared memory.
-        out_slots: tiles of 64 rows, of each consumer, in which results wait to be
-            written.
         cluster: 2 lets pairs of blocks, neighbours in features, share tiles of x.
         raster: which of rows and features varies faster from block to block.
         raster_width: how many tiles of the faster one before the slower one moves.
-        decoder_registers: of the 504 a lane of each of the three warpgroups brings.
     """
 
     tile_m: int = 256
     stages: int = 4
-    weight_stages: int = 3
-    out_slots: int = 1
     cluster: int = 1
     raster: Literal["rows", "features"] = "rows"
     raster_width: int = 8
-    decoder_registers: int = 88
 
     def __post_init__(self):
         if self.tile_m not in (64, 128, 192, 256):
             raise ValueError(f"{self.tile_m=} must be 64, 128, 192 or 256.")
+        if self.stages < 2:
+            raise ValueError(f"{self.stages=} must be at least 2.")
         if self.cluster not in (1, 2):
             raise ValueError(f"{self.cluster=} must be 1 or 2.")
-        if not 2 <= self.weight_stages <= self.stages <= self.weight_stages + GROUP:
-            raise ValueError(
-                f"{self.weight_stages=} must be at least 2, and {self.stages=} equal to "
-                f"it or up to {GROUP} more."
-            )
-        if self.out_slots not in (1, 2):
-            raise ValueError(f"{self.out_slots=} must be 1 or 2.")
+        if self.raster not in ("rows", "features"):
+            raise ValueError(f"{self.raster=} must be 'rows' or 'features'.")
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(
                 f"{self} takes {self.shared_bytes} bytes of shared memory, a block has "
@@ -99,18 +95,13 @@ class Config:
             )
 
     @property
-    def consumer_registers(self) -> int:
-        """Registers of a lane of the consumers."""
-        return (504 - self.decoder_registers) // 2
-
-    @property
     def shared_bytes(self) -> int:
         """Bytes of shared memory, barriers not counted."""
         return (
             self.stages * self.tile_m * STEP * 2
-            + self.weight_stages * TILE_FEATURES * STEP * 2
-            + CODE_STAGES * GROUP_BYTES
-            + 2 * self.out_slots * 64 * 64 * 2
+            + WEIGHT_STAGES * TILE_FEATURES * SPAN * 2
+            + CODE_STAGES * TILE_FEATURES * (SPAN // 2 + SPAN_STEPS * 4)
+            + 2 * OUT_SLOTS * OUT_ROWS * 64 * 2
         )
 
 
@@ -171,9 +162,9 @@ def default_config(direction: Pass, m: int, spec: PackedSpec) -> Config:
     """The configuration measured best on an H200 for about this shape."""
     del direction, spec
     if m <= 64:
-        return Config(tile_m=64, stages=6, weight_stages=4)
+        return Config(tile_m=64, stages=8)
     if m <= 128:
-        return Config(tile_m=128, stages=5, weight_stages=4)
+        return Config(tile_m=128, stages=6)
     return Config()
 
 
@@ -234,11 +225,9 @@ def _call(direction, x, packed, spec, config):
             jnp.array(spec.nested_codebook, jnp.float32),
         ]
     kernel = plgpu.kernel(
-        functools.partial(
-            _body, direction=direction, spec=spec, config=config, layers=layers
-        ),
+        functools.partial(_body, direction=direction, spec=spec, config=config),
         out_type=jax.ShapeDtypeStruct(out_shape, x.dtype),
-        scratch_types=_scratch(direction, x.dtype, spec, config),
+        scratch_types=_scratch(x.dtype, spec, config),
         grid=(_num_sms() // config.cluster,),
         grid_names=("sm",),
         cluster=(config.cluster,),
@@ -254,78 +243,65 @@ def _call(direction, x, packed, spec, config):
     return out if out.shape == (m, out_features) else out[:m, :out_features]
 
 
-def _swizzled(bytes_per_item: int = 2) -> tuple:
-    return (
-        plgpu.TilingTransform((8, 128 // bytes_per_item)),
-        plgpu.SwizzleTransform(128),
-    )
+def _swizzled(items: int = STEP, row_bytes: int = 128) -> tuple:
+    return (plgpu.TilingTransform((8, items)), plgpu.SwizzleTransform(row_bytes))
 
 
-def _codes_transforms(direction: Pass, spec: PackedSpec) -> tuple:
-    """How a group of codes lies in shared memory.
+def _codes_transforms(spec: PackedSpec) -> tuple:
+    """How a span of codes, [128, 64 bytes], lies in shared memory.
 
-    Forward it is [128, 128 bytes], and a lane reads along its row: swizzled, so that
-    no two rows meet in a bank. TMA cannot where a row is no multiple of 128 bytes.
+    A lane reads along its row: swizzled, so that no two rows meet in a bank, unless
+    TMA cannot, where a row of the weight is no multiple of 64 bytes.
     """
-    can = spec.k % (GROUP * STEP) == 0 and spec.n % 8 == 0
-    return _swizzled(1) if direction == "forward" and can else ()
+    return _swizzled(64, 64) if spec.k % SPAN == 0 and spec.n % 8 == 0 else ()
 
 
-def _scratch(direction, dtype, spec, config):
-    rows = (TILE_FEATURES, 2 * STEP) if direction == "forward" else (GROUP * STEP, 64)
-    empty = functools.partial(
-        plgpu.Barrier
-        if config.cluster == 1
-        else functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",)),
-        num_arrivals=2,
-        num_barriers=config.weight_stages,
-    )
+def _scratch(dtype, spec, config):
+    if config.cluster > 1:
+        x_empty = plgpu.ClusterBarrier(
+            collective_axes=("cluster",), num_arrivals=2, num_barriers=config.stages
+        )
+    else:
+        x_empty = plgpu.Barrier(num_arrivals=2, num_barriers=config.stages)
     return dict(
         x_smem=plgpu.SMEM(
             (config.stages, config.tile_m, STEP), dtype, transforms=_swizzled()
         ),
-        # forward: half h of the features, [64 of n, 64 of k]; backward: the same
-        # shape, the half of the columns
         w_smem=plgpu.SMEM(
-            (config.weight_stages, 2, 64, STEP), dtype, transforms=_swizzled()
+            (WEIGHT_STAGES, 2, SPAN_STEPS, 64, STEP), dtype, transforms=_swizzled()
         ),
         codes_smem=plgpu.SMEM(
-            (CODE_STAGES, *rows),
+            (CODE_STAGES, TILE_FEATURES, SPAN // 2),
             jnp.uint8,
-            transforms=_codes_transforms(direction, spec),
+            transforms=_codes_transforms(spec),
         ),
+        scales_smem=plgpu.SMEM((CODE_STAGES, 2 * LANES), jnp.float32),
         out_smem=plgpu.SMEM(
-            (2, config.out_slots, 64, 64), dtype, transforms=_swizzled()
+            (2, OUT_SLOTS, OUT_ROWS, 64), dtype, transforms=_swizzled()
         ),
         x_full=plgpu.Barrier(num_barriers=config.stages),
-        w_full=plgpu.Barrier(num_barriers=config.weight_stages),
-        codes_full=plgpu.Barrier(num_barriers=CODE_STAGES),
-        # a step's tiles, x and decoded, are consumed
-        empty=empty(),
+        x_empty=x_empty,
+        # the copy of the codes, and the scales
+        codes_full=plgpu.Barrier(num_arrivals=2, num_barriers=CODE_STAGES),
+        codes_empty=plgpu.Barrier(num_arrivals=2, num_barriers=CODE_STAGES),
     )
 
 
-def _body(layer_gmem, x_gmem, codes_gmem, *refs, direction, spec, config, layers, **s):
+def _body(layer_gmem, x_gmem, codes_gmem, *refs, direction, spec, config, **s):
     *scales_gmem, out_gmem = refs
-    del layers
     forward = direction == "forward"
     m, contraction = x_gmem.shape
-    features = out_gmem.shape[1]
     dtype = jnp.dtype(x_gmem.dtype)
     tile_m = config.tile_m
-    groups = pl.cdiv(contraction, STEP * GROUP)
-    steps = groups * GROUP
+    spans = pl.cdiv(contraction, SPAN)
     tiles = (
         pl.cdiv(m, tile_m),
-        pl.cdiv(features, TILE_FEATURES * config.cluster),
+        pl.cdiv(out_gmem.shape[1], TILE_FEATURES * config.cluster),
     )
     num_tiles = tiles[0] * tiles[1]
-    # How many steps tiles of x are asked for ahead of the decoder, which itself is up
-    # to `weight_stages` ahead of the consumers.
-    lead = config.stages - config.weight_stages
-    row0 = layer_gmem[0] * spec.n
-    x_smem, w_smem, codes_smem, out_smem = (
-        s[name] for name in ("x_smem", "w_smem", "codes_smem", "out_smem")
+    layer = layer_gmem[0]
+    x_smem, w_smem, codes_smem, scales_smem, out_smem = (
+        s[f"{name}_smem"] for name in ("x", "w", "codes", "scales", "out")
     )
     wg = lax.axis_index("wg")
 
@@ -338,168 +314,214 @@ def _body(layer_gmem, x_gmem, codes_gmem, *refs, direction, spec, config, layers
             fi = fi * config.cluster + lax.axis_index("cluster")
         return mi * tile_m, fi * TILE_FEATURES
 
-    def for_each_tile(body):
-        """Runs `body(index of the tile, groups done before)` for each tile."""
-
-        @plgpu.nd_loop((num_tiles,), collective_axes="sm")
-        def _(info):
-            body(info.index[0], info.local_index * groups)
-
     def slot(count, stages):
         return lax.rem(count, jnp.int32(stages))
 
-    def copy_x(count, m0, i, predicate):
-        at = slot(count, config.stages)
-        plgpu.copy_gmem_to_smem(
-            x_gmem.at[pl.ds(m0, tile_m), pl.ds(i * STEP, STEP)],
-            x_smem.at[at],
-            s["x_full"].at[at],
-            collective_axes="cluster" if config.cluster > 1 else None,
-            predicate=predicate,
-        )
-
-    def copy_codes(count, f0, i, predicate):
-        at = slot(count, CODE_STAGES)
-        if forward:
-            rows = pl.ds(row0 + f0, TILE_FEATURES)
-            columns = pl.ds(i * (GROUP * STEP // 2), GROUP * STEP // 2)
-        else:
-            rows = pl.ds(row0 + i * (GROUP * STEP), GROUP * STEP)
-            columns = pl.ds(lax.div(f0, jnp.int32(2)), 64)
-        plgpu.copy_gmem_to_smem(
-            codes_gmem.at[rows, columns],
-            codes_smem.at[at],
-            s["codes_full"].at[at],
-            predicate=predicate,
-        )
-
-    def produce():
-        plgpu.set_max_registers(config.decoder_registers, action="decrease")
-        decoder = _Decoder(forward, spec, dtype.name, scales_gmem)
-        offset = decoder.offset(layer_gmem[0])
+    def load():
+        plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+        scales = _Scales(forward, spec, scales_gmem)
+        offset = scales.offset(layer)
         first = lax.axis_index("sm")
-        m_first, f_first = place(first)
-        has_work = first < num_tiles
-        for i in range(lead):
-            copy_x(jnp.int32(i), m_first, jnp.int32(i), has_work)
-        copy_codes(jnp.int32(0), f_first, jnp.int32(0), has_work)
 
-        @for_each_tile
-        def _(tile, group0):
+        def copy_codes(count, f0, i, predicate):
+            at = slot(count, CODE_STAGES)
+            row, column = (f0, i * SPAN) if forward else (i * SPAN, f0)
+            plgpu.copy_gmem_to_smem(
+                codes_gmem.at[
+                    pl.ds(layer * spec.n + row, TILE_FEATURES),
+                    pl.ds(pl.multiple_of(lax.div(column, 2), SPAN // 2), SPAN // 2),
+                ],
+                codes_smem.at[at],
+                s["codes_full"].at[at],
+                predicate=predicate,
+            )
+
+        def put_scales(count, raw):
+            at = slot(count, CODE_STAGES)
+            scales.put(raw, offset, scales_smem.at[at])
+            plgpu.barrier_arrive(s["codes_full"].at[at])
+
+        def copy_x(count, m0, i):
+            at = slot(count, config.stages)
+            plgpu.barrier_wait(s["x_empty"].at[at])
+            plgpu.copy_gmem_to_smem(
+                x_gmem.at[pl.ds(m0, tile_m), pl.ds(i * STEP, STEP)],
+                x_smem.at[at],
+                s["x_full"].at[at],
+                collective_axes="cluster" if config.cluster > 1 else None,
+            )
+
+        _, f_first = place(first)
+        plgpu.barrier_wait(s["codes_empty"].at[0])
+        copy_codes(jnp.int32(0), f_first, jnp.int32(0), first < num_tiles)
+        put_scales(jnp.int32(0), scales.load(layer, f_first, jnp.int32(0)))
+
+        @plgpu.nd_loop((num_tiles,), collective_axes="sm")
+        def _(info):
+            tile = info.index[0]
+            m0, f0 = place(tile)
             next_tile = tile + lax.axis_size("sm")
             has_next = next_tile < num_tiles
-            m0, f0 = place(tile)
-            m_next, f_next = place(jnp.minimum(next_tile, num_tiles - 1))
+            _, f_next = place(jnp.minimum(next_tile, num_tiles - 1))
 
-            def group(i, scales):
-                codes_at = slot(group0 + i, CODE_STAGES)
-                last = i + 1 == groups
-                # Every lane is done with the codes of the group before.
-                plgpu.commit_smem()
-                copy_codes(
-                    group0 + i + 1,
-                    jnp.where(last, f_next, f0),
-                    jnp.where(last, 0, i + 1),
-                    ~last | has_next,
-                )
-                # The scales of the next group come while this one is decoded.
-                raw = decoder.load(layer_gmem[0], f0, jnp.minimum(i + 1, groups - 1))
-                plgpu.barrier_wait(s["codes_full"].at[codes_at])
-                for g in range(GROUP):
-                    step = i * GROUP + g
-                    count = group0 * GROUP + step
-                    at = slot(count, config.weight_stages)
-                    plgpu.barrier_wait(s["empty"].at[at])
-                    # This step's release freed the tile of x `stages` steps after
-                    # the one released.
-                    ahead = step + lead
-                    wrap = ahead >= steps
-                    copy_x(
-                        count + lead,
-                        jnp.where(wrap, m_next, m0),
-                        jnp.where(wrap, ahead - steps, ahead),
-                        ~wrap | has_next,
-                    )
-                    decoder.decode(g, codes_smem.at[codes_at], w_smem.at[at], scales)
-                    plgpu.barrier_arrive(s["w_full"].at[at])
-                return decoder.finish(raw, offset)
+            def span(i, _):
+                count = info.local_index * spans + i
+                # Codes and scales a span ahead: they are decoded a span ahead.
+                last = i + 1 == spans
+                f_ahead = jnp.where(last, f_next, f0)
+                ahead = jnp.where(last, 0, i + 1)
+                plgpu.barrier_wait(s["codes_empty"].at[slot(count + 1, CODE_STAGES)])
+                copy_codes(count + 1, f_ahead, ahead, ~last | has_next)
+                raw = scales.load(layer, f_ahead, ahead)
+                for half in range(SPAN_STEPS):
+                    copy_x(count * SPAN_STEPS + half, m0, i * SPAN_STEPS + half)
+                put_scales(count + 1, raw)
 
-            start = decoder.finish(
-                decoder.load(layer_gmem[0], f0, jnp.int32(0)), offset
-            )
-            lax.fori_loop(0, groups, group, start)
+            lax.fori_loop(0, spans, span, None)
 
-        # A block must not end before its neighbour has released everything.
-        for i in range(config.weight_stages):
-            plgpu.barrier_wait(s["empty"].at[i])
+        if config.cluster > 1:
+            # A block must not end before its neighbour has released everything.
+            for i in range(config.stages):
+                plgpu.barrier_wait(s["x_empty"].at[i])
 
     def consume():
-        plgpu.set_max_registers(config.consumer_registers, action="increase")
-        for i in range(config.weight_stages):
-            plgpu.barrier_arrive(s["empty"].at[i])
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        for i in range(config.stages):
+            plgpu.barrier_arrive(s["x_empty"].at[i])
+        for i in range(CODE_STAGES):
+            plgpu.barrier_arrive(s["codes_empty"].at[i])
 
-        @for_each_tile
-        def _(tile, group0):
-            m0, f0 = place(tile)
-            step0 = group0 * GROUP
+        def decode_span(count):
+            at = slot(count, CODE_STAGES)
+            plgpu.barrier_wait(s["codes_full"].at[at])
+            _decode_span(
+                forward,
+                spec,
+                dtype.name,
+                codes_smem.at[at],
+                scales_smem.at[at],
+                w_smem.at[slot(count, WEIGHT_STAGES), wg],
+                wg,
+            )
+            # Every lane's stores are done and fenced before the next wgmma.
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(s["codes_empty"].at[at])
 
-            def release(count, predicate=None):
-                at = slot(count, config.weight_stages)
-                plgpu.barrier_arrive(s["empty"].at[at], predicate=predicate)
+        decode_span(jnp.int32(0))
+
+        @plgpu.nd_loop((num_tiles,), collective_axes="sm")
+        def _(info):
+            m0, f0 = place(info.index[0])
+            span0 = info.local_index * spans
+
+            def release(step, predicate=None):
+                plgpu.barrier_arrive(
+                    s["x_empty"].at[slot(step, config.stages)], predicate=predicate
+                )
 
             @functools.partial(pl.run_scoped, acc=plgpu.ACC((64, tile_m), jnp.float32))
             def _(acc):
-                def step(i, _):
-                    count = step0 + i
-                    x_at = slot(count, config.stages)
-                    w_at = slot(count, config.weight_stages)
-                    plgpu.barrier_wait(s["x_full"].at[x_at])
-                    plgpu.barrier_wait(s["w_full"].at[w_at])
-                    w = w_smem.at[w_at, wg]
-                    plgpu.wgmma(acc, w if forward else w.T, x_smem.at[x_at].T)
-                    plgpu.wgmma_wait(1)
-                    release(count + (config.weight_stages - 1), i > 0)
+                def span(i, _):
+                    count = span0 + i
+                    for half in range(SPAN_STEPS):
+                        step = count * SPAN_STEPS + half
+                        at = slot(step, config.stages)
+                        plgpu.barrier_wait(s["x_full"].at[at])
+                        w = w_smem.at[slot(count, WEIGHT_STAGES), wg, half]
+                        plgpu.wgmma(acc, w if forward else w.T, x_smem.at[at].T)
+                        # The same half of the span before is done: its x is free,
+                        # and after the second half its decoded tile too.
+                        plgpu.wgmma_wait(SPAN_STEPS)
+                        before = step + (config.stages - 1) * SPAN_STEPS
+                        release(before, i > 0)
 
-                lax.fori_loop(0, steps, step, None)
+                    # After the last one of all too: of stale codes, never used.
+                    decode_span(count + 1)
+
+                lax.fori_loop(0, spans, span, None)
                 plgpu.wgmma_wait(0)
-                release(step0 + (steps - 1))
+                for half in range(SPAN_STEPS):
+                    release((span0 + spans - 1) * SPAN_STEPS + half)
                 y = plgpu.layout_cast(
                     acc[...].astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED
                 )
-                for i in range(tile_m // 64):
-                    at = i % config.out_slots
-                    plgpu.wait_smem_to_gmem(config.out_slots - 1, wait_read_only=True)
-                    out_smem.at[wg, at].T[...] = y[:, i * 64 : (i + 1) * 64]
+                for i in range(tile_m // OUT_ROWS):
+                    rows = pl.ds(m0 + i * OUT_ROWS, OUT_ROWS)
+                    out = out_smem.at[wg, i % OUT_SLOTS]
+                    plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
+                    out.T[...] = y[:, i * OUT_ROWS : (i + 1) * OUT_ROWS]
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(
-                        out_smem.at[wg, at],
-                        out_gmem.at[pl.ds(m0 + i * 64, 64), pl.ds(f0 + wg * 64, 64)],
+                        out, out_gmem.at[rows, pl.ds(f0 + wg * 64, 64)]
                     )
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    lax.cond(wg < 2, consume, produce)
+    lax.cond(wg < 2, consume, load)
 
 
-class _Decoder:
-    """The code of the decoder warpgroup: a lane decodes a block of 64 weights a step.
+def _decode_span(forward, spec, dtype, codes_smem, scales_smem, w_smem, wg):
+    """Decodes a consumer's part of a span, from shared memory to shared memory.
 
-    Forward: lane t has row t of the 128. Backward: lanes 2 r and 2 r + 1 have row r of
-    the 64, first and second half of its 128 columns.
+    A lane has 64 weights of a row, which share a scale. Forward, lane t has row
+    t mod 64 of the consumer's 64 features and half t div 64 of the span; backward, row
+    t of the span and the columns of the consumer's features.
+    """
+    codes_transforms = _codes_transforms(spec)
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.RefType(codes_transforms),
+            plgpu.RefType(),
+            plgpu.RefType(_swizzled()),
+            plgpu.Layout.WG_SPLAT,
+        )
+    )
+    def run(_, codes, scales, w, wg):
+        ops = decode.LaneOps(dtype)
+        lane, wg = _lane(), _scalar(wg)
+        codes, scales, w = map(_shared_address, (codes, scales, w))
+        if forward:
+            side = _shift(lane, 6)
+            row = _add(arith.andi(lane, _c(63)), _multiply(wg, 64))
+        else:
+            side, row = wg, lane
+        scale = _load_shared(
+            _add(scales, _multiply(_add(_multiply(side, LANES), row), 4)), "f32"
+        )[0]
+        # A 64-byte swizzle: bits 1 and 2 of the row on the index of the 16 bytes.
+        swizzle = arith.andi(_shift(row, 1), _c(3)) if codes_transforms else _c(0)
+        source = _add(codes, _multiply(row, SPAN // 2))
+        words = []
+        for half in range(2):
+            chunk = arith.xori(_add(_multiply(side, 2), half), swizzle)
+            words += _load_shared(_add(source, _multiply(chunk, 16)), "v4.b32")
+        table = decode.scaled_table(ops, spec.codebook, scale)
+        # Both passes: row t of two tiles of 64 rows on end. Its 16-byte chunks are
+        # swizzled by three bits of the row: eight lanes fill all banks.
+        target = _add(w, _multiply(lane, STEP * 2))
+        low = arith.andi(lane, _c(7))
+        for chunk, word in enumerate(words):
+            _store_shared(
+                _add(target, _multiply(arith.xori(low, _c(chunk)), 16)),
+                decode.decode_word(ops, word, table),
+            )
+
+    run(codes_smem, scales_smem, w_smem, wg)
+
+
+class _Scales:
+    """The loader's work on scales: two a lane and span, to float32.
+
+    Lane t has row t of the 128 rows of codes and its two blocks of 64 columns.
     """
 
-    def __init__(self, forward, spec, dtype, scales_gmem):
-        self.forward, self.spec, self.dtype = forward, spec, dtype
-        self.codes_transforms = _codes_transforms(
-            "forward" if forward else "backward", spec
-        )
-        self.scales_gmem = scales_gmem
+    def __init__(self, forward, spec, gmem):
+        self.forward, self.spec, self.gmem = forward, spec, gmem
         self.nested = spec.nested_codebook is not None
         self.row_blocks = spec.k // spec.block_size
-        # GROUP consecutive scales of a row in one load
-        self.vector = (
-            forward and spec.block_size == STEP and self.row_blocks % GROUP == 0
-        )
+        # both in one load
+        self.vector = spec.block_size == STEP and self.row_blocks % 2 == 0
 
     @staticmethod
     def _per_lane(count, dtype):
@@ -516,20 +538,22 @@ class _Decoder:
             arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=out
         )
         def read(_, ref, layer):
-            value = _load_global(ref, _scalar(layer), "f32")[0]
-            return _lanes([value], out)
+            return _lanes(_load_global(ref, _scalar(layer), "f32"), out)
 
-        return read(self.scales_gmem[1 + 1], layer)
+        return read(self.gmem[2], layer)
 
-    def load(self, layer, f0, group):
-        """Starts the loads of the scales of a group."""
+    def load(self, layer, f0, span):
+        """Starts the loads of the scales of a span."""
         if self.nested:
-            counts = (1, 1) if self.vector else (GROUP, GROUP)
+            counts = (1, 1) if self.vector else (2, 2)
             types = (jnp.uint32, jnp.float32)
         else:
-            counts, types = (GROUP,), (jnp.float32,)
+            counts, types = (2,), (jnp.float32,)
         out = tuple(map(self._per_lane, counts, types))
-        refs = self.scales_gmem[: 1 + self.nested]
+        refs = tuple(self.gmem[: 1 + self.nested])
+        kinds = (("u16",) if self.vector else ("u8",), ("f32",))
+        if not self.nested:
+            kinds = (("v2.f32",) if self.vector else ("f32",),)
 
         @plgpu.inline_mgpu(
             arg_types=(
@@ -538,139 +562,76 @@ class _Decoder:
             ),
             return_type=out,
         )
-        def read(_, refs, layer, f0, group):
-            layer, f0, group = map(_scalar, (layer, f0, group))
-            loads = self._addresses(layer, f0, group)
-            if not self.nested:
-                if self.vector:
-                    return (_lanes(_load_global(refs[0], loads[0][0], "v4.f32"), out[0]),)
-                values = [_load_global(refs[0], q, "f32")[0] for q, _ in loads]
-                return (_lanes(values, out[0]),)
-            kind = "u32" if self.vector else "u8"
-            codes = [_load_global(refs[0], q, kind)[0] for q, _ in loads]
-            outer = [_load_global(refs[1], a, "f32")[0] for _, a in loads]
-            return _lanes(codes, out[0]), _lanes(outer, out[1])
+        def read(_, refs, layer, f0, span):
+            places = self._places(*map(_scalar, (layer, f0, span)))
+            results = []
+            for i, (ref, (kind,), struct) in enumerate(
+                zip(refs, kinds, out, strict=True)
+            ):
+                values = []
+                for place in places:
+                    values += _load_global(ref, place[i], kind)
+                results.append(_lanes(values, struct))
+            return tuple(results)
 
-        return read(tuple(refs), layer, f0, group)
+        return read(refs, layer, f0, span)
 
-    def _addresses(self, layer, f0, group):
+    def _places(self, layer, f0, span):
         """Index of the scale, and of its nested scale, of each load of a lane."""
         spec, blocks = self.spec, self.row_blocks
-        lane = _lane()
-        if self.forward:
-            row = _minimum(_add(f0, lane), spec.n - 1)
-            places = [
-                (row, _add(_multiply(group, GROUP * STEP), g * STEP))
-                for g in range(1 if self.vector else GROUP)
-            ]
-            places = [
-                (row, _minimum(_quotient(k, spec.block_size), blocks - 1))
-                for row, k in places
-            ]
-        else:
-            half = arith.andi(lane, _c(1))
-            k = _add(f0, _multiply(half, STEP))
-            block = _minimum(_quotient(k, spec.block_size), blocks - 1)
-            rows = [
-                _add(_add(_multiply(group, GROUP * STEP), g * STEP), _shift(lane, 1))
-                for g in range(GROUP)
-            ]
-            places = [(_minimum(row, spec.n - 1), block) for row in rows]
-        out = []
-        for row, block in places:
+        start = _multiply(span, SPAN)
+        row, column = (f0, start) if self.forward else (start, f0)
+        row = _minimum(_add(row, _lane()), spec.n - 1)
+        places = []
+        for half in range(1 if self.vector else 2):
+            block = _quotient(_add(column, half * STEP), spec.block_size)
+            # the last pair of blocks may be a single one
+            block = _minimum(block, blocks - (2 if self.vector else 1))
             index = _add(_multiply(row, blocks), block)
-            nested = _quotient(index, spec.nested_block_size)
-            num_nested = -(-spec.num_blocks // spec.nested_block_size)
-            out.append(
+            outer = _quotient(index, spec.nested_block_size)
+            num_outer = -(-spec.num_blocks // spec.nested_block_size)
+            places.append(
                 (
                     _add(_multiply(layer, spec.num_blocks), index),
-                    _add(_multiply(layer, num_nested), nested),
+                    _add(_multiply(layer, num_outer), outer),
                 )
             )
-        return out
+        return places
 
-    def finish(self, raw, offset):
-        """Scales in float32 from what `load` has brought, GROUP a lane."""
-        if not self.nested:
-            return raw[0]
-        out = self._per_lane(GROUP, jnp.float32)
+    def put(self, raw, offset, scales_smem):
+        """Finishes what `load` started and stores [2, 128] scales."""
+        inputs = (*raw, offset) if self.nested else raw
         layouts = tuple(
             plgpu.Layout.WG_STRIDED(r.shape, vec_size=r.shape[0] // LANES)
-            for r in (*raw, offset)
+            for r in inputs
         )
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *layouts), return_type=out)
-        def compute(_, table, codes, outer, offset):
-            codes, outer, (offset,) = map(_registers, (codes, outer, offset))
-            if self.vector:
-                codes = [
-                    arith.andi(_shift(codes[0], 8 * g), _c(255)) for g in range(GROUP)
-                ]
-                outer = outer * GROUP
-            values = [_load_global(table, code, "f32")[0] for code in codes]
-            scales = [
-                arith.addf(arith.mulf(v, a), offset)
-                for v, a in zip(values, outer, strict=True)
-            ]
-            return _lanes(scales, out)
-
-        return compute(self.scales_gmem[3], *raw, offset)
-
-    def decode(self, g, codes_smem, w_smem, scales):
-        """Decodes step `g` of a group, from shared memory to shared memory."""
-        codes_type = plgpu.RefType(self.codes_transforms)
-        layout = plgpu.Layout.WG_STRIDED(scales.shape, vec_size=GROUP)
+        table = (self.gmem[3],) if self.nested else ()
 
         @plgpu.inline_mgpu(
-            arg_types=(codes_type, plgpu.RefType(_swizzled()), layout)
+            arg_types=(
+                plgpu.RefType(),
+                tuple(plgpu.RefType() for _ in table),
+                layouts,
+            )
         )
-        def run(_, codes, w, scales):
-            ops = decode.LaneOps(self.dtype)
-            lane = _lane()
-            codes, w = _shared_address(codes), _shared_address(w)
-            if self.forward:
-                row, low3 = lane, arith.andi(lane, _c(7))
-                source = _add(codes, _multiply(lane, 128))
-                swizzle = low3 if self.codes_transforms else _c(0)
-                sources = [
-                    _add(source, _multiply(arith.xori(swizzle, _c(2 * g + h)), 16))
-                    for h in range(2)
+        def compute(_, target, table, inputs):
+            values, *rest = map(_registers, inputs)
+            if self.nested:
+                outer, (offset,) = rest
+                if self.vector:
+                    values = [arith.andi(values[0], _c(255)), _shift(values[0], 8)]
+                    outer = outer * 2
+                values = [
+                    arith.addf(
+                        arith.mulf(_load_global(table[0], v, "f32")[0], a), offset
+                    )
+                    for v, a in zip(values, outer, strict=True)
                 ]
-                first = _c(0)
-            else:
-                row, odd = _shift(lane, 1), arith.andi(lane, _c(1))
-                low3 = arith.andi(row, _c(7))
-                # Odd lanes start with their second half: no two of eight lanes meet
-                # in a bank.
-                source = _add(codes, _multiply(lane, 32))
-                source = _add(source, g * STEP * 64)
-                sources = [
-                    _add(source, _multiply(arith.xori(odd, _c(h)), 16))
-                    for h in range(2)
-                ]
-                first = _multiply(odd, 4)
-                w = _add(w, _multiply(odd, 64 * 128))
-            target = _add(w, _multiply(row, 128))
-            table = decode.scaled_table(
-                ops, self.spec.codebook, _registers(scales)[g]
-            )
-            words = [word for a in sources for word in _load_shared(a)]
-            for chunk, word in enumerate(words):
-                place = arith.xori(arith.xori(low3, first), _c(chunk))
-                _store_shared(
-                    _add(target, _multiply(place, 16)),
-                    decode.decode_word(ops, word, table),
-                )
-            # What follows reads the tile through the asynchronous proxy.
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [],
-                "fence.proxy.async.shared::cta;",
-                "",
-                has_side_effects=True,
-            )
+            address = _add(_shared_address(target), _multiply(_lane(), 4))
+            for half, value in enumerate(values):
+                _store_shared(_add(address, half * LANES * 4), [value], "f32")
 
-        run(codes_smem, w_smem, scales)
+        compute(scales_smem, table, inputs)
 
 
 # What follows is arithmetic of one lane on MLIR values.
@@ -720,9 +681,7 @@ def _registers(array: mgpu.FragmentedArray) -> list:
     """The values a lane holds of an array strided over the warpgroup."""
     (vector,) = array.registers.flat
     count = ir.VectorType(vector.type).shape[0]
-    return [
-        llvm.extractelement(vector, mgpu_utils.c(i, _i32())) for i in range(count)
-    ]
+    return [llvm.extractelement(vector, mgpu_utils.c(i, _i32())) for i in range(count)]
 
 
 def _lanes(values, struct: plgpu.ShapeDtypeStruct) -> mgpu.FragmentedArray:
@@ -745,48 +704,46 @@ def _load_global(ref, index, kind: str) -> list:
     base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
     offset = arith.muli(arith.extui(i64, index), mgpu_utils.c(size, i64))
     address = arith.addi(base, offset)
-    is_float = kind.endswith("f32")
-    element = ir.F32Type.get() if is_float else _i32()
-    count = 4 if kind.startswith("v4") else 1
-    letter = "=f" if is_float else "=r"
-    names = ", ".join(f"${i}" for i in range(count))
-    names = f"{{{names}}}" if count > 1 else names
-    result = llvm.inline_asm(
-        ir.Type.parse(f"!llvm.struct<({', '.join([str(element)] * count)})>")
-        if count > 1
-        else element,
-        [address],
-        f"ld.global.nc.{kind} {names}, [${count}];",
-        ",".join([letter] * count + ["l"]),
-        has_side_effects=True,
-    )
-    if count == 1:
-        return [result]
-    return [llvm.extractvalue(element, result, [i]) for i in range(count)]
+    return _load("global.nc", address, "l", kind)
 
 
 def _shared_address(ref):
     return llvm.ptrtoint(_i32(), mgpu_utils.memref_ptr(ref))
 
 
-def _load_shared(address) -> list:
-    """Four registers from shared memory."""
-    result = llvm.inline_asm(
-        ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>"),
-        [address],
-        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-        "=r,=r,=r,=r,r",
-        has_side_effects=True,
-    )
-    return [llvm.extractvalue(_i32(), result, [i]) for i in range(4)]
+def _load_shared(address, kind: str) -> list:
+    """Loads from shared memory, of 32-bit registers."""
+    return _load("shared", address, "r", kind)
 
 
-def _store_shared(address, values) -> None:
-    """Four registers to shared memory."""
+def _store_shared(address, values, kind: str = "v4.b32") -> None:
+    """Stores 32-bit registers to shared memory."""
+    names = [f"${i + 1}" for i in range(len(values))]
+    names = f"{{{', '.join(names)}}}" if len(values) > 1 else names[0]
+    letter = "f" if kind.endswith("f32") else "r"
     llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
         [address, *values],
-        "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
-        "r,r,r,r,r",
+        f"st.shared.{kind} [$0], {names};",
+        ",".join(["r"] + [letter] * len(values)),
         has_side_effects=True,
     )
+
+
+def _load(space: str, address, address_letter: str, kind: str) -> list:
+    is_float = kind.endswith("f32")
+    element = ir.F32Type.get() if is_float else _i32()
+    count = int(kind[1]) if kind.startswith("v") else 1
+    names = ", ".join(f"${i}" for i in range(count))
+    result = llvm.inline_asm(
+        ir.Type.parse(f"!llvm.struct<({', '.join([str(element)] * count)})>")
+        if count > 1
+        else element,
+        [address],
+        f"ld.{space}.{kind} {f'{{{names}}}' if count > 1 else names}, [${count}];",
+        ",".join(["=f" if is_float else "=r"] * count + [address_letter]),
+        has_side_effects=True,
+    )
+    if count == 1:
+        return [result]
+    return [llvm.extractvalue(element, result, [i]) for i in range(count)]

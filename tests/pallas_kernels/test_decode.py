@@ -1,0 +1,95 @@
+"""The decoding sequence of the kernels, run on numpy registers."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import decode
+
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+INT4 = tuple(i / 8 for i in (*range(8), *range(-8, 0)))
+
+
+class NumpyOps:
+    """`decode.Ops` on arrays of uint32, and float32 for the scales."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def and_(self, a, mask):
+        return a & np.uint32(mask)
+
+    def or_(self, a, bits):
+        return a | np.uint32(bits)
+
+    def shift_right(self, a, bits):
+        return a >> np.uint32(bits)
+
+    def permute(self, a, b, selector):
+        a, b, selector = np.broadcast_arrays(a, b, np.asarray(selector, np.uint32))
+        source = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+        out = np.zeros(a.shape, np.uint64)
+        for i in range(4):
+            nibble = selector.astype(np.uint64) >> np.uint64(4 * i) & np.uint64(15)
+            assert (nibble < 8).all(), "bit 3 of a selector means the sign, not a byte"
+            byte = source >> (nibble * np.uint64(8)) & np.uint64(255)
+            out |= byte << np.uint64(8 * i)
+        return out.astype(np.uint32)
+
+    def multiply(self, a, constant):
+        return a * np.float32(constant)
+
+    def round_pair(self, low, high):
+        pair = [np.asarray(x).astype(self.dtype).view(np.uint16) for x in (low, high)]
+        return pair[0].astype(np.uint32) | pair[1].astype(np.uint32) << np.uint32(16)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("codebook", [NF4, INT4], ids=["nf4", "int4"])
+def test_words_of_bytes_decode_to_rows(codebook, dtype):
+    rng = np.random.default_rng(0)
+    # every byte at every place of a word, one scale a word
+    packed = rng.permuted(np.tile(np.arange(256, dtype=np.uint8), (4, 1)), axis=1)
+    packed = packed.T.copy()  # [256, 4]
+    scale = rng.uniform(0.01, 2.0, 256).astype(np.float32)
+    codes = np.stack([packed >> 4, packed & 15], -1).reshape(256, 8)
+    expected = (np.array(codebook, np.float32)[codes] * scale[:, None]).astype(dtype)
+
+    ops = NumpyOps(dtype)
+    table = decode.scaled_table(ops, codebook, scale)
+    registers = decode.decode_word(ops, packed.view(np.uint32)[:, 0], table)
+    got = np.stack(registers, -1).view(dtype)  # [256, 8]
+    np.testing.assert_array_equal(got.view(np.uint16), expected.view(np.uint16))
+
+
+def test_a_word_costs_21_instructions():
+    counted = []
+
+    class Counting(NumpyOps):
+        def __getattribute__(self, name):
+            if name in ("and_", "or_", "shift_right", "permute"):
+                counted.append(name)
+            return super().__getattribute__(name)
+
+    ops = Counting(np.float16)
+    table = ([np.uint32(0)] * 4, [np.uint32(0)] * 4)
+    decode.decode_word(ops, np.uint32(0), table)
+    # `and` and `or` with constants are one instruction
+    assert len(counted) - 1 == 21
