@@ -1,11 +1,26 @@
 """QLoRA for JAX: finetune large language models on one GPU, the base in 4 bits."""
 
+from qlora_jax import data as data
+from qlora_jax.callbacks import Callback as Callback
+from qlora_jax.callbacks import ProgressBar as ProgressBar
+from qlora_jax.generate import generate as generate
+from qlora_jax.interop.hub import find_model as find_model
+from qlora_jax.interop.hub import load_model as load_model
+from qlora_jax.interop.peft import load_adapter as load_adapter
+from qlora_jax.interop.peft import save_adapter as save_adapter
+from qlora_jax.interop.tokenizer import load_tokenizer as load_tokenizer
 from qlora_jax.lora import LoraTensor as LoraTensor
 from qlora_jax.lora import add_lora as add_lora
 from qlora_jax.lora import join_trainable as join_trainable
 from qlora_jax.lora import merge_lora as merge_lora
 from qlora_jax.lora import split_trainable as split_trainable
+from qlora_jax.models.config import LlamaConfig as LlamaConfig
+from qlora_jax.models.llama import Llama as Llama
+from qlora_jax.optim import adam8bit as adam8bit
+from qlora_jax.optim import adamw8bit as adamw8bit
+from qlora_jax.optim import lion8bit as lion8bit
 from qlora_jax.optim import paged as paged
+from qlora_jax.optim import with_master as with_master
 from qlora_jax.quant import FORMATS as FORMATS
 from qlora_jax.quant import Format as Format
 from qlora_jax.quant import QuantizedTensor as QuantizedTensor
@@ -13,3 +28,9 @@ from qlora_jax.quant import dequantize as dequantize
 from qlora_jax.quant import quantize as quantize
 from qlora_jax.quant import quantize_tree as quantize_tree
 from qlora_jax.quant import quantized_matmul as quantized_matmul
+from qlora_jax.run import Run as Run
+from qlora_jax.train import TrainConfig as TrainConfig
+from qlora_jax.train import evaluate as evaluate
+from qlora_jax.train import fit as fit
+from qlora_jax.train import make_train_step as make_train_step
+from qlora_jax.train import next_token_loss as next_token_loss
