@@ -186,7 +186,7 @@ def encode_conversation(
     *before, last = conversation
     if last["role"] != "assistant":
         raise ValueError(
-            f"The last turn is {last['role']!r}'s; there must be an answer to learn."
+            f"The last turn is of the {last['role']}: there is no answer to learn."
         )
     prompt = tokenizer.encode_chat(before, answer_next=True)
     answer = [*tokenizer.encode(last["content"]), tokenizer.eos_id]

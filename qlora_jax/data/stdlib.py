@@ -16,8 +16,8 @@ _SKIPPED = {
     "__phello__", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages",
     "test", "tests", "turtledemo",
 }  # fmt: skip
-# Answers of one or two sentences; in characters.
-_SHORTEST, _LONGEST = 24, 240
+# Answers of about a sentence; in characters.
+_SHORTEST, _LONGEST = 24, 120
 
 
 def _first_paragraph(docstring: str) -> str:

@@ -67,7 +67,10 @@ class Tokenizer:
     @property
     def eos_id(self) -> int:
         """Id of the token an answer ends with."""
-        return self.backend.token_to_id(self.eos_token)
+        found = self.backend.token_to_id(self.eos_token)
+        if found is None:
+            raise ValueError(f"eos_token {self.eos_token!r} is no token of the model.")
+        return found
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Returns the ids of a text, without a first or last token added.
@@ -244,9 +247,13 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
             "folder instead."
         )
     tokens, types = field("tokens"), field("token_type")
-    merges = [tuple(merge.split(" ", 1)) for merge in field("merges")]
+    merges = file.metadata.get("tokenizer.ggml.merges", [])
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    try:
+        pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelFileError(f"{file.path} has no tokenizer: {error}.") from None
     regex, digits = _PRE_TOKENIZERS[pre]
     steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     if regex:
