@@ -34,10 +34,8 @@ def nearest_dynamic_code(
     parts = 2.0 ** np.arange(7) * (1 if signed else 2)
     first = np.cumsum([1.0, *parts[:-1]])
     magnitude = jnp.abs(x)
-    decade = sum(
-        (magnitude >= np.float32(10.0 ** (e - 7))).astype(jnp.int32)
-        for e in range(1, 7)
-    )
+    edges = np.array([10.0 ** (e - 7) for e in range(1, 7)], np.float32)
+    decade = jnp.sum(magnitude[..., None] >= edges, axis=-1)
     unit = magnitude * _take(10.0 ** (6 - np.arange(7.0)), decade)  # in [0.1, 1)
     part = jnp.floor((unit - np.float32(0.1)) * _take(parts / 0.9, decade))
     part = jnp.clip(part, 0.0, _take(parts, decade))

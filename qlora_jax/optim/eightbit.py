@@ -45,8 +45,13 @@ class MomentFormat:
 
     def zeros(self, param: jax.Array) -> Moment:
         """The moment before the first step."""
-        zeros = jnp.zeros_like(param, dtype=jnp.float32)
-        return self.encode(zeros, key=None)
+        if param.size < self.min_8bit_size:
+            return jnp.zeros_like(param, dtype=jnp.float32)
+        zero = 127 if self.signed else 0
+        return Moment8bit(
+            codes=jnp.full_like(param, zero, dtype=jnp.uint8),
+            absmax=jnp.zeros([-(-param.size // self.block_size)], jnp.float32),
+        )
 
     def encode(self, x: Float32[Array, "*shape"], key: jax.Array | None) -> Moment:
         """Rounds to the nearest codes, or with a key stochastically."""
@@ -79,7 +84,7 @@ class MomentFormat:
 class ScaleByAdam8bitState(NamedTuple):
     """State of `scale_by_adam8bit`."""
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
     mu: PyTree  # Moment of each parameter
     nu: PyTree  # Moment of each parameter
 
@@ -87,7 +92,7 @@ class ScaleByAdam8bitState(NamedTuple):
 class ScaleByLion8bitState(NamedTuple):
     """State of `scale_by_lion8bit`."""
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
     mu: PyTree  # Moment of each parameter
 
 
@@ -355,7 +360,7 @@ def _finite(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(finite, g, 0.0), finite
 
 
-def _keys(tree: PyTree, seed: int, count: jax.Array, moments: int) -> list:
+def _keys(tree: PyTree, seed: int, count: Any, moments: int) -> list:
     """Keys for each leaf and moment, other ones each step and none in the state."""
     leaves = len(jax.tree.leaves(tree))
     key = jax.random.fold_in(jax.random.key(seed), count)
@@ -368,7 +373,7 @@ def _map(fn, results: int, updates: PyTree, *moments: Any) -> list[PyTree]:
     leaves, treedef = jax.tree.flatten(updates)
     columns = [treedef.flatten_up_to(tree) for tree in trees]
     keys = keys if keys is not None else [[None] * results] * len(leaves)
-    rows = [fn(*row) for row in zip(leaves, *columns, keys)]
-    new_updates = [row[0].astype(g.dtype) for row, g in zip(rows, leaves)]
+    rows = [fn(*row) for row in zip(leaves, *columns, keys, strict=True)]
+    new_updates = [row[0].astype(g.dtype) for row, g in zip(rows, leaves, strict=True)]
     outputs = [new_updates, *([row[i] for row in rows] for i in range(1, results))]
     return [treedef.unflatten(output) for output in outputs]

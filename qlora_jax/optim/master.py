@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 class MasterState(NamedTuple):
     """State of `with_master`."""
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
     master: PyTree  # float32 copies; None where the parameter is its own master
     inner: optax.OptState
 
@@ -89,6 +89,7 @@ def with_master(
             treedef.flatten_up_to(master),
             treedef.flatten_up_to(steps),
             keys,
+            strict=True,
         ):
             if not _is_low(p):
                 new_masters.append(None)
@@ -113,7 +114,9 @@ def _resolve(master: PyTree, params: PyTree) -> PyTree:
     """The masters, and the parameters where there is none."""
     leaves, treedef = jax.tree.flatten(params)
     masters = treedef.flatten_up_to(master)
-    return treedef.unflatten([p if m is None else m for p, m in zip(leaves, masters)])
+    return treedef.unflatten(
+        [p if m is None else m for p, m in zip(leaves, masters, strict=True)]
+    )
 
 
 def _round(x: jax.Array, dtype, key: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 HOST_KIND = "pinned_host"
@@ -35,7 +36,7 @@ def has_host_memory(tree: PyTree) -> bool:
     devices = {
         device
         for x in jax.tree.leaves(tree)
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer)
         for device in x.sharding.device_set
     }
     device = next(iter(devices)) if devices else jax.local_devices()[0]

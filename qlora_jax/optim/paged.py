@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from qlora_jax.optim.memory import has_host_memory, to_device, to_host
@@ -32,15 +33,21 @@ def paged(
     transfers go both ways at once. A page is a group of whole leaves: each number is
     computed by the inner optimizer's own operations, in its order.
 
-    Which leaves must be together is read off the inner optimizer's jaxpr. Adam's moments
-    of one parameter meet, so they share a page, whereas no two parameters do, also
-    after clipping the gradients by their global norm. An optimizer that
-    looks across its own state, such as a clip of the *update* after Adam, gets all of
-    the state that it looks across in one page.
+    Which leaves must be together is read off the inner optimizer's jaxpr. Adam's
+    moments of one parameter meet, so they share a page, whereas no two parameters do,
+    also after clipping the gradients by their global norm. An optimizer that looks
+    across its own state, such as a clip of the *update* after Adam, gets all of the
+    state that it looks across in one page. Outside of jit the whole state comes to the
+    device.
+
+    Arrays in host memory are committed to their device, so a step's results are too. If
+    the first parameters are not (`jax.device_put(params, device)` commits them), the
+    second step compiles again.
 
     Put it anywhere in `optax.chain`, `masked`, `partition` and `inject_hyperparams`, or
-    around them. A wrapper that computes with the state of what it wraps (`MultiSteps`,
-    `apply_if_finite`) goes inside: `paged(optax.MultiSteps(...).gradient_transformation())`.
+    around them. A wrapper that computes with the state of what it wraps goes inside:
+    `paged(optax.MultiSteps(inner, 4).gradient_transformation())`, since arithmetic on
+    host memory runs on the host, and slowly.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -97,7 +104,7 @@ def paged(
     inner = optax.with_extra_args_support(inner)
 
     def plan(params: PyTree) -> tuple[PyTree, PyTree, list[bool]]:
-        """Rows in a slice of each parameter, the state's shapes, what is paged of it."""
+        """Rows in a slice of each parameter, the state's shapes, its paged leaves."""
         shapes = jax.eval_shape(inner.init, params)
         rows = None
         if slice_leaves:
@@ -119,7 +126,7 @@ def paged(
             leaves, treedef = jax.tree.flatten(inner.init(cut(params, rows)))
             placed = [
                 to_host(x[None] if own_shapes else x) if host else x
-                for x, host in zip(leaves, hosted)
+                for x, host in zip(leaves, hosted, strict=True)
             ]
             return treedef.unflatten(placed)
 
@@ -133,14 +140,24 @@ def paged(
         leaves, treedef = jax.tree.flatten(state)
         cut_updates = cut(updates, rows)
         cut_params = None if params is None else cut(params, rows)
-        resident = [None if host else to_device(x) for x, host in zip(leaves, hosted)]
+        if slice_leaves:
+            check_elementwise(
+                lambda u, s, p: inner.update(u, s, p, **extra_args),
+                (cut_updates, shapes, cut_params),
+                rows,
+            )
+        resident = [
+            None if host else to_device(x)
+            for x, host in zip(leaves, hosted, strict=True)
+        ]
         out_tree = None
 
         def fn(*pages):
             nonlocal out_tree
             fetched = iter(x[0] if own_shapes else x for x in pages)
             full = [
-                next(fetched) if host else x for x, host in zip(resident, hosted)
+                next(fetched) if host else x
+                for x, host in zip(resident, hosted, strict=True)
             ]
             new_updates, new_state = inner.update(
                 cut_updates, treedef.unflatten(full), cut_params, **extra_args
@@ -148,13 +165,15 @@ def paged(
             update_leaves, out_tree = jax.tree.flatten(new_updates)
             state_leaves = [
                 x[None] if host and own_shapes else x
-                for x, host in zip(treedef.flatten_up_to(new_state), hosted)
+                for x, host in zip(
+                    treedef.flatten_up_to(new_state), hosted, strict=True
+                )
             ]
             return [*state_leaves, *update_leaves]
 
-        pages = [x for x, host in zip(leaves, hosted) if host]
+        pages = [x for x, host in zip(leaves, hosted, strict=True) if host]
         on_host = [i for i, host in enumerate(hosted) if host]
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((updates, state))):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves((updates, state))):
             outputs = evaluate_by_page(
                 fn, pages, page_size=page_size, host_outputs=on_host
             )
@@ -193,7 +212,7 @@ def _nbytes(x: jax.ShapeDtypeStruct) -> int:
 
 
 def _check_rows(shapes: PyTree, hosted: list[bool], page_size: int) -> None:
-    for (path, x), host in zip(jax.tree.leaves_with_path(shapes), hosted):
+    for (path, x), host in zip(jax.tree.leaves_with_path(shapes), hosted, strict=True):
         if host and (row := -(-_nbytes(x) // x.shape[0])) > page_size:
             raise ValueError(
                 f"{page_size=} bytes is smaller than the {row} bytes of one row of "
@@ -210,7 +229,9 @@ def _check_state(state: PyTree, shapes: PyTree, grown: list[bool]) -> None:
             f"`paged(...).init(params)`.\n  expected: {wanted}\n  got:      {found}"
         )
     paths = jax.tree.leaves_with_path(shapes)
-    for (path, x), leaf, front in zip(paths, jax.tree.leaves(state), grown):
+    for (path, x), leaf, front in zip(
+        paths, jax.tree.leaves(state), grown, strict=True
+    ):
         shape = (1, *x.shape) if front else x.shape
         if jnp.shape(leaf) != shape:
             raise ValueError(
@@ -223,7 +244,7 @@ def _check_state(state: PyTree, shapes: PyTree, grown: list[bool]) -> None:
 def _on_one_device(tree: PyTree) -> bool:
     """Whether every leaf is concrete and on a single device."""
     return not any(
-        isinstance(x, jax.core.Tracer)
+        isinstance(x, Tracer)
         or (isinstance(x, jax.Array) and len(x.sharding.device_set) > 1)
         for x in jax.tree.leaves(tree)
     )

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 
 import jax
+from jax.core import Tracer, eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.interpreters import partial_eval
 
@@ -36,9 +37,9 @@ def evaluate_by_page(
 ) -> list[jax.Array]:
     """Returns `fn(*args)`, with at most two pages of `args` on the device at a time.
 
-    Under jit the order of the transfers is pinned by dependencies: a page is fetched
-    only after the page before the previous one has been written back, so one page can
-    travel in while another travels out.
+    The order is pinned by dependencies, for use under jit: while a page travels in, the
+    one before it, already computed, travels out; then the page is computed. On the
+    device are then either two pages, or one and its new values.
 
     Args:
         fn: takes arrays on the device, returns a list of arrays. It may close over
@@ -58,7 +59,7 @@ def evaluate_by_page(
     outputs: dict[int, jax.Array] = {}
 
     def put(indices: Sequence[int], values: Sequence[jax.Array]) -> None:
-        for i, value in zip(indices, values):
+        for i, value in zip(indices, values, strict=True):
             outputs[i] = to_host(value) if i in host_outputs else value
 
     # An argument that comes back as it was stays where it is.
@@ -72,39 +73,49 @@ def evaluate_by_page(
     shared = _shared_variables(jaxpr, eqn_masks)
     values = _evaluate(
         jaxpr,
-        [eqn for eqn, reads in zip(jaxpr.eqns, eqn_masks) if not reads],
-        dict(zip(jaxpr.constvars, consts)),
+        [eqn for eqn, reads in zip(jaxpr.eqns, eqn_masks, strict=True) if not reads],
+        dict(zip(jaxpr.constvars, consts, strict=True)),
         [*(jaxpr.outvars[i] for i in unpaged), *shared],
     )
-    put(unpaged, values)
-    known = dict(zip([*jaxpr.constvars, *shared], [*consts, *values[len(unpaged) :]]))
+    put(unpaged, values[: len(unpaged)])
+    known = dict(
+        zip(
+            [*jaxpr.constvars, *shared], [*consts, *values[len(unpaged) :]], strict=True
+        )
+    )
 
     computed: list[jax.Array] = []
     last: list[int] = []  # the outputs of the previous page that go to host memory
     for page in pages:
-        fetched, computed = _fetch([args[i] for i in page.inputs], computed)
-        outputs.update(zip(last, _store(computed)))
-        fetched, written = _barrier(fetched, [outputs[i] for i in last])
-        outputs.update(zip(last, written))
+        fetched, written = _exchange([args[i] for i in page.inputs], computed)
+        fetched, written = _barrier(fetched, written)
+        outputs.update(zip(last, written, strict=True))
         mask = sum(1 << i for i in page.inputs)
         variables = [jaxpr.invars[i] for i in page.inputs]
         values = _evaluate(
             jaxpr,
-            [eqn for eqn, reads in zip(jaxpr.eqns, eqn_masks) if reads & mask],
-            known | dict(zip(variables, fetched)),
+            [
+                eqn
+                for eqn, reads in zip(jaxpr.eqns, eqn_masks, strict=True)
+                if reads & mask
+            ],
+            known | dict(zip(variables, fetched, strict=True)),
             [jaxpr.outvars[i] for i in page.outputs],
         )
-        outputs.update(zip(page.outputs, values))
+        outputs.update(zip(page.outputs, values, strict=True))
         last = [i for i in page.outputs if i in host_outputs]
         computed = [outputs[i] for i in last]
-    outputs.update(zip(last, _store(computed)))
+    outputs.update(zip(last, _exchange([], computed)[1], strict=True))
     return [outputs[i] for i in range(len(jaxpr.outvars))]
 
 
 def plan_pages(
     sizes: Sequence[int], out_masks: Sequence[Mask], page_size: int
 ) -> list[Page]:
-    """Groups inputs into pages of at most `page_size` bytes, in their order.
+    """Groups inputs into pages of at most `page_size` bytes, large ones first.
+
+    By size, because a page travels in while the one before it travels out: the rate is
+    best if the two are alike.
 
     Args:
         sizes: bytes of each input.
@@ -115,6 +126,7 @@ def plan_pages(
         The pages. Every input is in one of them, also if no output depends on it.
     """
     groups = _connected(len(sizes), out_masks)
+    groups.sort(key=lambda group: sum(sizes[i] for i in group), reverse=True)
     bundles: list[list[int]] = []
     room = 0
     for group in groups:
@@ -185,7 +197,7 @@ def _dependencies(jaxpr: Jaxpr) -> tuple[list[Mask], list[Mask]]:
 def _shared_variables(jaxpr: Jaxpr, eqn_masks: Sequence[Mask]) -> list:
     """What paged equations read of those that depend on no page, each once."""
     common, read = {}, set()
-    for eqn, mask in zip(jaxpr.eqns, eqn_masks):
+    for eqn, mask in zip(jaxpr.eqns, eqn_masks, strict=True):
         if mask:
             read.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
         else:
@@ -193,31 +205,30 @@ def _shared_variables(jaxpr: Jaxpr, eqn_masks: Sequence[Mask]) -> list:
     return [var for var in common if var in read]
 
 
-def _fetch(
+def _exchange(
     hosted: list[jax.Array], computed: list[jax.Array]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Brings arrays to the device, one after another, once others are computed."""
+    """Brings one page to the device while the one before it goes to the host.
+
+    Array by array, in lockstep: one transfer in each direction, then the next two. Left
+    to itself, the compiler has two transfers in the same direction under way, or puts
+    both directions on one stream; either halves the rate.
+    """
     hosted, computed = _barrier(hosted, computed)
     fetched: list[jax.Array] = []
-    for x in hosted:
-        [x], fetched[-1:] = _barrier([x], fetched[-1:])
-        fetched.append(to_device(x))
-    return fetched, computed
-
-
-def _store(computed: list[jax.Array]) -> list[jax.Array]:
-    """Writes arrays to the host, one after another."""
-    stored: list[jax.Array] = []
-    for x in computed:
-        [x], stored[-1:] = _barrier([x], stored[-1:])
-        stored.append(to_host(x))
-    return stored
+    written: list[jax.Array] = []
+    for n in range(max(len(hosted), len(computed))):
+        pair, before = _barrier(
+            [hosted[n : n + 1], computed[n : n + 1]], [fetched[-1:], written[-1:]]
+        )
+        fetched[-1:], written[-1:] = before
+        fetched += map(to_device, pair[0])
+        written += map(to_host, pair[1])
+    return fetched, written
 
 
 def _barrier(first: list, second: list) -> tuple[list, list]:
-    """Returns both lists; neither is to be touched before all of the other is there."""
-    if not (first and second):
-        return first, second
+    """Returns both; neither is to be touched before all of the other is there."""
     return jax.lax.optimization_barrier((first, second))
 
 
@@ -230,7 +241,9 @@ def _without_calls(closed: ClosedJaxpr, shapes: Sequence) -> ClosedJaxpr:
     """
 
     def run(jaxpr: Jaxpr, consts: Sequence, args: Sequence) -> list:
-        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+        known = dict(
+            zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+        )
 
         def read(atom):
             return atom.val if isinstance(atom, Literal) else known[atom]
@@ -243,7 +256,7 @@ def _without_calls(closed: ClosedJaxpr, shapes: Sequence) -> ClosedJaxpr:
             else:
                 used = {x: known[x] for x in eqn.invars if not isinstance(x, Literal)}
                 results = _evaluate(jaxpr, [eqn], used, eqn.outvars)
-            known.update(zip(eqn.outvars, results))
+            known.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     return jax.make_jaxpr(lambda *args: run(closed.jaxpr, closed.consts, args))(*shapes)
@@ -253,7 +266,7 @@ def _callee(eqn: JaxprEqn, values: Sequence) -> tuple[ClosedJaxpr, Sequence] | N
     """The function that an equation calls, and with what; None if it is no call."""
     if eqn.primitive.name in ("jit", "pjit"):
         return eqn.params["jaxpr"], values
-    if eqn.primitive.name == "cond" and not isinstance(values[0], jax.core.Tracer):
+    if eqn.primitive.name == "cond" and not isinstance(values[0], Tracer):
         return eqn.params["branches"][int(values[0])], values[1:]
     return None
 
@@ -270,5 +283,5 @@ def _evaluate(
         debug_info=jaxpr.debug_info.with_unknown_names(),
     )
     pruned, used = partial_eval.dce_jaxpr(piece, [True] * len(outvars))
-    inputs = [value for value, keep in zip(known.values(), used) if keep]
-    return jax.core.eval_jaxpr(pruned, (), *inputs)
+    inputs = [value for value, keep in zip(known.values(), used, strict=True) if keep]
+    return eval_jaxpr(pruned, (), *inputs)

@@ -1,6 +1,7 @@
 """Parameters cut along their first axis, each slice a leaf of its own."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,8 +34,10 @@ def rows_of_slices(
     Raises:
         ValueError: if the state of one row exceeds a page.
     """
-    numbers = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
-    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    sizes = [math.prod(jnp.shape(x)) for x in jax.tree.leaves(params)]
+    numbers = sum(size for size in sizes if size >= min_size)
+    large = [x for x in jax.tree.leaves(state) if x.size >= max(min_size, 2)]
+    state_bytes = sum(x.size * x.dtype.itemsize for x in large)
     bytes_of_one = state_bytes / max(numbers, 1)
 
     def rows(param) -> int:
@@ -74,24 +77,29 @@ def join_slices(sliced: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(join, like, sliced)
 
 
-def check_elementwise(jaxpr: Jaxpr, groups: list[list[int]]) -> None:
-    """Raises unless the traced update treats every number of a cut parameter alike.
+def check_elementwise(update: Callable, args: tuple, rows: PyTree) -> None:
+    """Raises unless an update treats every number of a cut parameter alike.
 
     A sum over all slices of a parameter (a global norm) is the sum over the parameter,
     but one over some of its slices is another optimizer's: a trust ratio, a factored
     moment, scales of a block.
 
     Args:
-        jaxpr: the update, traced with the slices as leaves.
-        groups: for each cut parameter, the indices of its slices among the jaxpr's
-            inputs.
+        update: of updates, state and parameters.
+        args: these, the first and the last cut (the last possibly None).
+        rows: what they were cut by.
 
     Raises:
         ValueError: if an output mixes numbers of one slice but not of its siblings.
     """
-    mask = sum(1 << i for group in groups for i in group)
-    wholes = [sum(1 << i for i in group) for group in groups]
-    inputs = [(mask & 1 << i, 0) for i in range(len(jaxpr.invars))]
+    updates, state, params = args
+    jaxpr = jax.make_jaxpr(update)(*args).jaxpr
+    before_params = len(jax.tree.leaves((updates, state)))
+    wholes = _groups(updates, rows, 0)
+    if params is not None:
+        wholes += _groups(params, rows, before_params)
+    cut = sum(wholes)
+    inputs = [(cut & 1 << i, 0) for i in range(len(jaxpr.invars))]
     for _, mixed in _mixing(jaxpr, inputs):
         if any(mixed & whole not in (0, whole) for whole in wholes):
             raise ValueError(
@@ -101,9 +109,17 @@ def check_elementwise(jaxpr: Jaxpr, groups: list[list[int]]) -> None:
             )
 
 
+def _groups(tree: PyTree, rows: PyTree, start: int) -> list[int]:
+    """For each cut leaf the set of its slices, counted from `start`, as bits."""
+    treedef = jax.tree.structure(tree)
+    numbers = treedef.unflatten(range(start, start + treedef.num_leaves))
+    parts = jax.tree.structure(rows).flatten_up_to(numbers)
+    return [sum(1 << i for i in part) for part in parts if isinstance(part, tuple)]
+
+
 def _mixing(jaxpr: Jaxpr, inputs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """For each output: the inputs it depends on, and those it mixes the numbers of."""
-    known = dict(zip(jaxpr.invars, inputs))
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def read(atom) -> tuple[int, int]:
         return (0, 0) if isinstance(atom, Literal) else known.get(atom, (0, 0))
@@ -120,5 +136,5 @@ def _mixing(jaxpr: Jaxpr, inputs: list[tuple[int, int]]) -> list[tuple[int, int]
             if eqn.primitive.name not in _ELEMENTWISE:
                 mixed |= depends
             results = [(depends, mixed)] * len(eqn.outvars)
-        known.update(zip(eqn.outvars, results))
+        known.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
