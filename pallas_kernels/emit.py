@@ -1,0 +1,114 @@
+"""Words in which the kernels of this package are written below Pallas' own ops.
+
+Pallas has no gather and no warps; `plgpu.inline_mgpu` lets a kernel say what one thread
+does. These few names keep such code readable: integers with Python's operators, PTX
+with typed results, loops over values.
+"""
+
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf
+
+
+def ptx(text: str, *args, out: str = "", pure: bool = False):
+    """Emits PTX; `out` gives the results' types, one letter each (r: 32 bits, f)."""
+    types = [
+        ir.F32Type.get() if t == "f" else ir.IntegerType.get_signless(32) for t in out
+    ]
+    if not types:
+        return mgpu_utils.inline_ptx(text, *args, has_side_effects=True)
+    result = mgpu_utils.inline_ptx(
+        text, *args, result_types=types, has_side_effects=not pure
+    )
+    return result[0] if len(types) == 1 else result
+
+
+class Int:
+    """A 32- or 64-bit integer of the kernel, with Python's operators."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def _other(self, x):
+        if isinstance(x, Int):
+            return x.value
+        return arith.constant(self.value.type, x)
+
+    def __add__(self, x):
+        return Int(arith.addi(self.value, self._other(x)))
+
+    def __sub__(self, x):
+        return Int(arith.subi(self.value, self._other(x)))
+
+    def __mul__(self, x):
+        return Int(arith.muli(self.value, self._other(x)))
+
+    def __floordiv__(self, x):
+        return Int(arith.divui(self.value, self._other(x)))
+
+    def __mod__(self, x):
+        return Int(arith.remui(self.value, self._other(x)))
+
+    def __xor__(self, x):
+        return Int(arith.xori(self.value, self._other(x)))
+
+    def __lt__(self, x):
+        return arith.cmpi(arith.CmpIPredicate.ult, self.value, self._other(x))
+
+    def __eq__(self, x):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return arith.cmpi(arith.CmpIPredicate.eq, self.value, self._other(x))
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def wide(self):
+        """The same number in 64 bits."""
+        return Int(arith.extui(ir.IntegerType.get_signless(64), self.value))
+
+    def index(self):
+        """The same number as MLIR's index type."""
+        return arith.index_cast(ir.IndexType.get(), self.value)
+
+    def min(self, x: int):
+        """The smaller of the two."""
+        return Int(arith.minui(self.value, self._other(x)))
+
+
+def const(x: int) -> Int:
+    """A 32-bit constant."""
+    return Int(arith.constant(ir.IntegerType.get_signless(32), x))
+
+
+def address(ref) -> Int:
+    """The address of a ref: 64 bits in global memory, 32 bits in shared memory."""
+    pointer = mgpu_utils.memref_ptr(ref)
+    bits = 32 if mgpu_utils.is_smem_ref(ref) else 64
+    return Int(llvm.ptrtoint(ir.IntegerType.get_signless(bits), pointer))
+
+
+def loop(start, stop, step, carry, body):
+    """`for i in range(start, stop, step): carry = body(i, carry)`, carry flat."""
+    op = scf.ForOp(start.value, stop.value, step.value, list(carry))
+    with ir.InsertionPoint(op.body):
+        scf.YieldOp(list(body(Int(op.induction_variable), list(op.inner_iter_args))))
+    return list(op.results)
+
+
+def bit(condition):
+    """A condition as a 32-bit integer, which PTX text can take."""
+    return arith.extui(ir.IntegerType.get_signless(32), condition)
+
+
+def thread_index() -> Int:
+    """The number of this thread in its block."""
+    i32 = ir.IntegerType.get_signless(32)
+    return Int(arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x)))
+
+
+def block_index() -> Int:
+    """The number of this block of threads."""
+    return Int(ptx("mov.u32 $0, %ctaid.x;", out="r", pure=True))
+
+
+def select(condition, yes: Int, no: Int) -> Int:
+    """One of two integers."""
+    return Int(arith.select(condition, yes.value, no.value))
