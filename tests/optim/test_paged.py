@@ -239,9 +239,9 @@ def test_slices_of_a_leaf_within_two_ulp_a_step():
         )
 
 
-@pytest.mark.parametrize("name", ["lamb", "adafactor", "adamw8bit"])
-def test_slices_are_refused_to_what_computes_over_a_leaf(name):
-    tx = paged(INNER[name](), page_size=2**13, min_size=1000, slice_leaves=True)
+@pytest.mark.parametrize("name, page_size", [("lamb", 2**13), ("adamw8bit", 2**11)])
+def test_slices_are_refused_to_what_computes_over_a_leaf(name, page_size):
+    tx = paged(INNER[name](), page_size=page_size, min_size=1000, slice_leaves=True)
     with pytest.raises(ValueError, match="treat every number alike"):
         train(tx)
 
