@@ -220,7 +220,8 @@ def make_train_step(
         loss_sum: (model, batch) -> summed loss, number of tokens.
 
     Returns:
-        The step. `trainable` and `opt_state` are donated: use what it returns.
+        The step. `trainable` and `opt_state` are donated: use what it returns. Give
+        them `committed` the first time, or the second call compiles again.
         `metrics` has `loss` (mean over the batch's tokens), `grad_norm` (before any
         clip) and `target_tokens`. `key` is of dropout; None for none.
     """
@@ -253,7 +254,7 @@ def make_train_step(
         trainable = optax.apply_updates(trainable, updates)
         metrics = {
             "loss": loss / count,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "target_tokens": count,
         }
         # Parameters before state: see the note on donation in optim/paged.py.
@@ -332,8 +333,8 @@ def fit(
     tx = config.optimizer() if tx is None else tx
     rates = config.learning_rates()
     trainable, frozen = split_trainable(model)
-    trainable = jax.tree.map(jnp.copy, trainable)  # the step donates its arguments
-    opt_state = tx.init(trainable)
+    trainable = committed(jax.tree.map(jnp.copy, trainable))  # the step donates it
+    opt_state = committed(tx.init(trainable))
     iterator = iter(batches)
     first = 0
     if run is not None and run.checkpoints.latest() is not None:
@@ -395,6 +396,15 @@ def fit(
     for callback in callbacks:
         callback.end()
     return join_trainable(trainable, frozen)
+
+
+def committed(tree: Any) -> Any:
+    """Returns the tree with every array bound to the device it is on.
+
+    What a step returns is bound, since paged state binds it; beginning with arrays that
+    are not would compile the step twice.
+    """
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), tree)
 
 
 # What may change when a run is taken up again: it changes no number of it.

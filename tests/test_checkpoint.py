@@ -35,12 +35,12 @@ def test_arrays_come_back_to_where_their_counterparts_live(tmp_path):
         jax.devices()[0], memory_kind="pinned_host"
     )
     like = {
-        "sharded": jax.device_put(jnp.arange(16.0), sharded),
-        "paged": jax.device_put(jnp.arange(4.0), host),
+        "sharded": jax.device_put(np.arange(16.0, dtype=np.float32), sharded),
+        "paged": jax.device_put(np.arange(4.0, dtype=np.float32), host),
     }
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, like, {})
-    saved = checkpoints.restore(jax.tree.map(jnp.zeros_like, like) | like).tree
+    saved = checkpoints.restore(like).tree
     assert saved["sharded"].sharding == sharded
     assert saved["paged"].sharding.memory_kind == "pinned_host"
     np.testing.assert_array_equal(saved["sharded"], np.arange(16.0))

@@ -30,7 +30,8 @@ def test_a_run_writes_its_settings_numbers_and_picture(tmp_path):
     run.log.step(report(2, 1.5))
     summary = run.finish(eval_loss=1.0, seconds=3.0)
     assert json.loads((run.folder / "config.json").read_text())["sizes"] == [1, 2]
-    lines = [json.loads(x) for x in (run.folder / "metrics.jsonl").open()]
+    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 2]
     assert lines[1]["loss"] == 2.0 and lines[1]["tokens_per_s"] == 200
     assert lines[-1]["finished"] and lines[-1]["eval_loss"] == 1.0
