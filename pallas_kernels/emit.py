@@ -112,3 +112,70 @@ def block_index() -> Int:
 def select(condition, yes: Int, no: Int) -> Int:
     """One of two integers."""
     return Int(arith.select(condition, yes.value, no.value))
+
+
+def both(a, b):
+    """Whether both conditions hold."""
+    return arith.andi(a, b)
+
+
+def zero():
+    """The float32 0."""
+    return arith.constant(ir.F32Type.get(), 0.0)
+
+
+def to_bits(number):
+    """The bits of a float32 as a 32-bit value."""
+    return arith.bitcast(ir.IntegerType.get_signless(32), number)
+
+
+def from_bits(bits):
+    """The float32 of 32 bits."""
+    return arith.bitcast(ir.F32Type.get(), bits)
+
+
+def barrier() -> None:
+    """Waits for all threads of the block."""
+    gpu.barrier()
+
+
+def tma_load(ctx, ref, layer: Int, row: Int, column: Int, shape, target, barrier, when):
+    """Starts the copy of a window of bytes to shared memory, 128-byte swizzled.
+
+    Args:
+        ctx: the launch context of the kernel.
+        ref: uint8 [rows, columns] or [layers, rows, columns] in global memory.
+        layer: which layer, if there are any.
+        row: the first row of the window; rows past the end read zeros.
+        column: its first column, likewise.
+        shape: rows and columns of the window.
+        target: the address in shared memory.
+        barrier: the address of the mbarrier that the bytes are counted at.
+        when: whether this thread starts the copy.
+    """
+    pointer = llvm.PointerType.get(3)
+    window_type = ir.MemRefType.get(
+        shape, ir.IntegerType.get_signless(8), memory_space=mgpu_utils.smem()
+    )
+    window = (
+        mgpu_utils.DynamicSlice(row.index(), shape[0]),
+        mgpu_utils.DynamicSlice(column.index(), shape[1]),
+    )
+    if len(ir.MemRefType(ref.type).shape) == 3:
+        window = (layer.index(), *window)
+    ctx.async_copy(
+        src_ref=ref,
+        dst_ref=mgpu_utils.ptr_as_memref(
+            llvm.inttoptr(pointer, target.value), window_type
+        ),
+        gmem_slice=window,
+        barrier=mgpu_utils.BarrierRef(
+            llvm.inttoptr(pointer, barrier.value),
+            const(0).value,
+            None,  # pyright: ignore[reportArgumentType]
+            1,
+        ),
+        swizzle=128,
+        arrive=False,
+        predicate=when,
+    )

@@ -7,9 +7,7 @@ some rows by 256 columns at a time, and decodes them a *pair* of codes at a time
 * A table of the 256 possible bytes, each as a pair of 16-bit numbers, is laid out once
   a lane, entry `e` of lane `l` at byte `256 e + 4 l`. Every lane stays in its own
   bank, so a warp looks up 32 arbitrary bytes in one cycle, and the address is the code
-  byte put above the lane's own offset: one `prmt` and one load for two codes. A part of
-  the words is decoded by byte permutes alone (`decode`), which leaves shared memory
-  free and keeps the integer units busy.
+  byte put above the lane's own offset: one `prmt` and one load for two codes.
 * The pairs are, in this order, the A fragment of `mma.m16n8k16`: 16 rows of W by 16
   columns. Lane (g, t) holds two rows, and as x may be read in any order of k, its
   share of a block of 64 columns is simply the 16 neighbours from 16 t on.
@@ -123,9 +121,7 @@ def make_plan(
     grid = min(_NUM_SMS, -(-n // 16))
     name = jnp.dtype(dtype).name
     for candidate in [tile] if tile else candidate_tiles(m, n, k):
-        plan = Plan(
-            m, n, k, candidate, grid, name, spec.codebook, spec.block_size, nested
-        )
+        plan = Plan(m, n, k, candidate, grid, name, spec.block_size, nested)
         if plan.total_smem_bytes <= _SMEM_BYTES:
             return plan
     raise NotImplementedError(f"x of {m=} rows and {k=} does not fit {tile or 'here'}.")

@@ -9,13 +9,7 @@ end of a tile its block of threads adds up what the warps have.
 import dataclasses
 from typing import Any
 
-import numpy as np
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, scf
-
 from pallas_kernels import emit
-from pallas_kernels.decode import LaneOps, decode_word
 
 BLOCK = 64  # columns that share one partial sum
 BLOCKS = 4  # blocks of a chunk: what the ring takes of a row at once
@@ -34,9 +28,6 @@ class Tile:
         k_warps: warps of a block of threads that share rows and split k.
         stages: chunks in the ring of each warp.
         phases: parts of k, one after the other; x of two parts is kept at a time.
-        permuted: words of codes, of every four, that are decoded by byte permutes
-            instead of the table: the one keeps the integer units busy, the other
-            shared memory.
     """
 
     row_groups: int
@@ -44,7 +35,6 @@ class Tile:
     k_warps: int
     stages: int = 2
     phases: int = 1
-    permuted: int = 1
 
     def __post_init__(self):
         if self.warps not in (4, 8, 12, 16):
@@ -76,7 +66,6 @@ class Plan:
     tile: Tile
     grid: int
     dtype: str  # "bfloat16" or "float16": of x, of the decoded codes and of y
-    codebook: tuple[float, ...]
     block_size: int
     nested_block_size: int | None  # None: scales are float32
 
@@ -238,16 +227,6 @@ class Body:
         # Which of the blocks of an accumulator this lane reads x of, and holds sums of.
         self.x_class = self.g // plan.x_rows
         self.sum_class = (self.t * 2) // plan.x_rows
-        # The codebook as `decode_word` takes it: low bytes and high bytes.
-        numbers = np.asarray(plan.codebook, np.float32).astype(plan.dtype)
-        octets = numbers.view(np.uint8).reshape(16, 2)
-        self.permute_table = tuple(
-            [
-                emit.const(int(w)).value
-                for w in octets[:, i].copy().view("<u4").view("<i4")
-            ]
-            for i in range(2)
-        )
 
     # The ring.
 
@@ -297,7 +276,7 @@ class Body:
             return [tile + ends, phase, chunk]
         phase = phase + ends
         # A short last phase may have no chunk for this warp.
-        exists = arith.andi(phase < phases, self.k_warp < self.phase_range(phase)[1])
+        exists = emit.both(phase < phases, self.k_warp < self.phase_range(phase)[1])
         wraps = emit.Int(emit.bit(exists)) ^ 1
         return [tile + wraps, emit.select(exists, phase, emit.const(0)), chunk]
 
@@ -308,7 +287,7 @@ class Body:
         row, chunk = self.warp_row(tile), self.phase_range(phase)[0] + chunk
         barrier = self.barriers + slot * 8
         exists = tile < self.tiles
-        leader = arith.andi(self.lane == 0, exists)
+        leader = emit.both(self.lane == 0, exists)
         groups = [row + 16 * i < self.end_row for i in range(plan.tile.row_groups)]
         total = emit.const(0)
         for valid in groups:
@@ -320,36 +299,17 @@ class Body:
             total.value,
             emit.bit(leader),
         )
-        pointer = llvm.PointerType.get(3)
-        ring_type = ir.MemRefType.get(
-            (16, CHUNK_BYTES),
-            ir.IntegerType.get_signless(8),
-            memory_space=mgpu_utils.smem(),
-        )
-        barrier_ref = mgpu_utils.BarrierRef(
-            llvm.inttoptr(pointer, barrier.value),
-            emit.const(0).value,
-            None,  # pyright: ignore[reportArgumentType]
-            1,
-        )
         for i, valid in enumerate(groups):
-            address = self.ring + slot * self.slot_bytes + i * 16 * CHUNK_BYTES
-            window = (
-                mgpu_utils.DynamicSlice((row + 16 * i).index(), 16),
-                mgpu_utils.DynamicSlice((chunk * CHUNK_BYTES).index(), CHUNK_BYTES),
-            )
-            if len(ir.MemRefType(self.refs["codes"].type).shape) == 3:
-                window = (self.layer.index(), *window)
-            self.ctx.async_copy(
-                src_ref=self.refs["codes"],
-                dst_ref=mgpu_utils.ptr_as_memref(
-                    llvm.inttoptr(pointer, address.value), ring_type
-                ),
-                gmem_slice=window,
-                barrier=barrier_ref,
-                swizzle=128,
-                arrive=False,
-                predicate=arith.andi(leader, valid),
+            emit.tma_load(
+                self.ctx,
+                self.refs["codes"],
+                self.layer,
+                row + 16 * i,
+                chunk * CHUNK_BYTES,
+                (16, CHUNK_BYTES),
+                self.ring + slot * self.slot_bytes + i * 16 * CHUNK_BYTES,
+                barrier,
+                emit.both(leader, valid),
             )
         if plan.scales != "single":
             self.fill_scales(row, chunk, slot, exists)
@@ -361,9 +321,9 @@ class Body:
         scales = self.ring_scales + slot * plan.slot_scale_bytes
         for i in range(0, rows, 32):
             local = self.lane + i
-            mine = arith.andi(row + local < self.end_row, exists)
+            mine = emit.both(row + local < self.end_row, exists)
             if rows < 32:
-                mine = arith.andi(mine, local < rows)
+                mine = emit.both(mine, local < rows)
             block = (row + local) * (plan.k // BLOCK) + chunk * BLOCKS
             if plan.nested_block_size is None:
                 copies = [(scales + local * 16, self.absmax + block.wide() * 4, 16)]
@@ -449,7 +409,7 @@ class Body:
     def load_scale(self, row: emit.Int, block: emit.Int):
         """One scale, straight from global memory; 0 past the end."""
         plan = self.plan
-        valid = emit.bit(arith.andi(row < self.end_row, block < plan.k // BLOCK))
+        valid = emit.bit(emit.both(row < self.end_row, block < plan.k // BLOCK))
         index = (row * (plan.k // BLOCK) + block) // (plan.block_size // BLOCK)
         load = (
             "{.reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; "
@@ -524,7 +484,7 @@ class Body:
             row, column = piece // per_row, piece % per_row * 8
             inside = piece < plan.m * per_row
             if valid is not None:
-                inside = arith.andi(inside, valid)
+                inside = emit.both(inside, valid)
             # Where nothing is to be read, any address of x will do.
             exists = k0 + column < plan.k
             offset = emit.select(exists, row * plan.k + k0 + column, emit.const(0))
@@ -549,7 +509,7 @@ class Body:
     def finish_x(self):
         """Waits for the copies of x of all threads."""
         emit.ptx("cp.async.wait_all;")
-        gpu.barrier()
+        emit.barrier()
 
     def load_x(self, x: emit.Int, chunk: emit.Int, block: int, j: int) -> list:
         """This lane's B fragments of a block: 16 columns of one row of x."""
@@ -557,7 +517,7 @@ class Body:
         row = self.g % plan.x_rows if plan.classes > 1 else self.g + 8 * j
         valid = row < plan.m
         if plan.classes > 1:
-            valid = arith.andi(valid, self.x_class == block % plan.classes)
+            valid = emit.both(valid, self.x_class == block % plan.classes)
         address = x + row * plan.x_pitch + chunk * (2 * CHUNK) + self.t * 32
         words = []
         for piece in range(2):
@@ -573,29 +533,15 @@ class Body:
 
     # Arithmetic.
 
-    def decode(self, words: list) -> list[list]:
-        """Four words of codes, two rows by two, to eight pairs of numbers a row."""
-        decoded = []
-        for i, word in enumerate(words):
-            if i >= 4 - self.plan.tile.permuted:
-                ops = LaneOps(self.plan.dtype)
-                decoded.append(decode_word(ops, word, self.permute_table))
-                continue
-            lookups = "".join(
-                f"prmt.b32 a, $4, $5, {0x7604 + 16 * j}; add.u32 a, a, $6; "
-                f"ld.shared.b32 ${j}, [a]; "
-                for j in range(4)
-            )
-            decoded.append(
-                emit.ptx(
-                    "{.reg .b32 a; " + lookups + "}",
-                    word,
-                    self.lane_offset,
-                    self.table.value,
-                    out="rrrr",
-                )
-            )
-        return [[*decoded[0], *decoded[1]], [*decoded[2], *decoded[3]]]
+    def decode(self, word) -> list:
+        """Four bytes of codes to four pairs of numbers."""
+        lookups = "".join(
+            f"prmt.b32 a, $4, $5, {0x7604 + 16 * i}; add.u32 a, a, $6; "
+            f"ld.shared.b32 ${i}, [a]; "
+            for i in range(4)
+        )
+        table, lane = self.table.value, self.lane_offset
+        return emit.ptx("{.reg .b32 a; " + lookups + "}", word, lane, table, out="rrrr")
 
     def mma(self, a: list, b: list, c: list) -> list:
         """c + a @ b, 16 rows of W by 16 columns by 8 rows of x."""
@@ -616,14 +562,16 @@ class Body:
         """Adds one chunk's products to `sums`."""
         plan = self.plan
         groups, tiles = plan.tile.row_groups, plan.x_tiles
-        zeros = [arith.constant(ir.F32Type.get(), 0.0)] * 4
+        zeros = [emit.zero()] * 4
         sums = list(sums)
         for i in range(BLOCKS // plan.classes):
             parts = {(g, j): zeros for g in range(groups) for j in range(tiles)}
             for block in range(i * plan.classes, (i + 1) * plan.classes):
                 x_words = [self.load_x(x, chunk, block, j) for j in range(tiles)]
                 for group in range(groups):
-                    low, high = self.decode(self.load_codes(slot, block, group))
+                    words = self.load_codes(slot, block, group)
+                    low = self.decode(words[0]) + self.decode(words[1])
+                    high = self.decode(words[2]) + self.decode(words[3])
                     for j in range(tiles):
                         part = parts[group, j]
                         for s in range(0, 8, 2):
@@ -650,7 +598,7 @@ class Body:
         """Emits everything."""
         plan, tile = self.plan, self.plan.tile
         num_sums = 4 * tile.row_groups * plan.x_tiles
-        zeros = [arith.constant(ir.F32Type.get(), 0.0)] * num_sums
+        zeros = [emit.zero()] * num_sums
         zero, one = emit.const(0), emit.const(1)
 
         # The ring fills while the table is built and x is staged.
@@ -740,18 +688,18 @@ class Body:
                 value,
                 keep,
             )
-        gpu.barrier()
+        emit.barrier()
         rows = 16 * tile.groups
         y = emit.address(self.refs["y"])
 
         def body(i, carry):
             row, x_row = i % rows, i // rows
-            total = arith.constant(ir.F32Type.get(), 0.0)
+            total = emit.zero()
             for warp in range(tile.k_warps):
                 at = (x_row + warp * plan.x_rows) * plan.sum_pitch + row
                 address = (buffer + at * 4).value
                 partial = emit.ptx("ld.shared.f32 $0, [$1];", address, out="f")
-                total = arith.addf(total, partial)
+                total = emit.ptx("add.rn.f32 $0, $1, $2;", total, partial, out="f")
             n = self.first_row + index * rows + row
             emit.ptx(
                 "{.reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; "

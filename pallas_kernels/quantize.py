@@ -22,8 +22,6 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu
 
 from pallas_kernels import emit, reference
 from pallas_kernels.packed import PackedSpec, PackedWeight
@@ -171,7 +169,7 @@ class _Dequantize(_Stream):
                 (self.scale_table + self.tid * 4).value,
                 number,
             )
-        gpu.barrier()
+        emit.barrier()
         self.run(self.load, self.finish)
 
     def load(self, piece: emit.Int, valid):
@@ -227,7 +225,7 @@ class _Dequantize(_Stream):
             "@p st.global.v4.b32 [$0%s], {$1, $2, $3, $4};}"
         )
         if self.bits == 32:
-            words = [arith.bitcast(ir.IntegerType.get_signless(32), v) for v in numbers]
+            words = [emit.to_bits(v) for v in numbers]
             emit.ptx(store % "", y.value, *words[:4], valid)
             emit.ptx(store % " + 16", y.value, *words[4:], valid)
             return
@@ -245,7 +243,7 @@ class _Quantize(_Stream):
         self.table = emit.address(self.refs["smem"])
         source = emit.address(self.refs["table"])
         self.copy_table(source, self.table, _TABLE_ROWS, 2)
-        gpu.barrier()
+        emit.barrier()
         self.run(self.load, self.finish)
 
     def load(self, piece: emit.Int, valid):
@@ -266,7 +264,7 @@ class _Quantize(_Stream):
     def widen(self, words: list) -> list:
         """The numbers in float32."""
         if self.bits == 32:
-            return [arith.bitcast(ir.F32Type.get(), word) for word in words]
+            return [emit.from_bits(word) for word in words]
         if self.half == "bf16":
             text = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
         else:
@@ -333,9 +331,9 @@ class _Quantize(_Stream):
         codes = emit.address(self.refs["codes"]) + piece.wide() * 4
         store = "{.reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1;}"
         emit.ptx(store, codes.value, word, valid)
-        leads = arith.andi(piece % lanes == 0, piece < self.pieces)
+        leads = emit.both(piece % lanes == 0, piece < self.pieces)
         target = emit.address(self.refs["absmax"]) + (piece // lanes).wide() * 4
-        bits = arith.bitcast(ir.IntegerType.get_signless(32), absmax)
+        bits = emit.to_bits(absmax)
         emit.ptx(store, target.value, bits, emit.bit(leads))
 
 

@@ -1,0 +1,411 @@
+"""Runs kernels written with `pallas_kernels.emit` on numpy arrays, without a GPU.
+
+An `Emulator` has the functions of `emit`; put in its place, it makes a kernel's body
+compute instead of emitting code. A block's threads run in lockstep, every value an array
+over threads, and PTX text is interpreted. Asynchronous copies are done at once, so what
+this checks is arithmetic and addresses (each access must lie in its buffer, each barrier
+be met by all threads), not the order of memory accesses.
+"""
+
+import contextlib
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+_HALVES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+_SHARED_BASE = 1024
+
+
+class Ref:
+    """A buffer with an address."""
+
+    def __init__(self, data: np.ndarray, base: int, shared: bool):
+        self.bytes = data.reshape(-1).view(np.uint8)
+        self.shape, self.base, self.shared = data.shape, base, shared
+
+
+class Int:
+    """Unsigned integers, one a thread, wrapping as the hardware's do."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def _with(self, x, op):
+        x = x.value if isinstance(x, Int) else np.asarray(x % 2**64, np.uint64)
+        with np.errstate(over="ignore"):
+            return op(self.value, x.astype(self.value.dtype))
+
+    def __add__(self, x):
+        return Int(self._with(x, np.add))
+
+    def __sub__(self, x):
+        return Int(self._with(x, np.subtract))
+
+    def __mul__(self, x):
+        return Int(self._with(x, np.multiply))
+
+    def __floordiv__(self, x):
+        return Int(self._with(x, np.floor_divide))
+
+    def __mod__(self, x):
+        return Int(self._with(x, np.mod))
+
+    def __xor__(self, x):
+        return Int(self._with(x, np.bitwise_xor))
+
+    def __lt__(self, x):
+        return self._with(x, np.less)
+
+    def __eq__(self, x):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._with(x, np.equal)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def wide(self):
+        return Int(self.value.astype(np.uint64))
+
+    def min(self, x: int):
+        return Int(self._with(x, np.minimum))
+
+
+class Emulator:
+    """Stands in for the module `emit` while one block of threads runs."""
+
+    Int = Int
+
+    def __init__(self, threads: int, block: int, refs: dict[str, Any]):
+        """Prepares a block.
+
+        Args:
+            threads: how many it has.
+            block: its number in the grid.
+            refs: arrays in global memory, or sizes in bytes of shared memory.
+        """
+        self.threads, self.block = threads, block
+        self.mask = np.ones(threads, bool)
+        self.refs, self.buffers = {}, []
+        shared = _SHARED_BASE
+        for i, (name, value) in enumerate(refs.items(), start=1):
+            if isinstance(value, int):
+                poison = np.full(value, 0xFF, np.uint8)
+                self.refs[name] = Ref(poison, shared, True)
+                shared += -(-value // 1024) * 1024
+            else:
+                self.refs[name] = Ref(value, i << 40, False)
+            self.buffers.append(self.refs[name])
+
+    # What `emit` has.
+
+    def const(self, x: int) -> Int:
+        return Int(np.full(self.threads, x % 2**32, np.uint32))
+
+    def address(self, ref: Ref) -> Int:
+        dtype = np.uint32 if ref.shared else np.uint64
+        return Int(np.full(self.threads, ref.base, dtype))
+
+    def thread_index(self) -> Int:
+        return Int(np.arange(self.threads, dtype=np.uint32))
+
+    def block_index(self) -> Int:
+        return self.const(self.block)
+
+    def bit(self, condition):
+        return condition.astype(np.uint32)
+
+    def both(self, a, b):
+        return a & b
+
+    def select(self, condition, yes: Int, no: Int) -> Int:
+        return Int(np.where(condition, yes.value, no.value))
+
+    def zero(self):
+        return np.zeros(self.threads, np.float32)
+
+    def to_bits(self, number):
+        return number.view(np.uint32)
+
+    def from_bits(self, bits):
+        return bits.view(np.float32)
+
+    def barrier(self):
+        assert self.mask.all(), "a barrier that not all threads meet"
+
+    def loop(self, start, stop, step, carry, body):
+        i, carry = start.value.copy(), list(carry)
+        while True:
+            active = self.mask & (i < stop.value)
+            if not active.any():
+                return carry
+            with self._masked(active):
+                new = list(body(Int(i), list(carry)))
+            carry = [np.where(active, n, c) for n, c in zip(new, carry, strict=True)]
+            i = np.where(active, i + step.value, i)
+
+    def tma_load(self, ctx, ref, layer, row, column, shape, target, barrier, when):
+        del ctx, barrier
+        for thread in np.flatnonzero(when & self.mask):
+            source = ref.bytes.reshape(ref.shape)
+            if len(ref.shape) == 3:
+                source = source[layer.value[thread]]
+            r, c = int(row.value[thread]), int(column.value[thread])
+            window = np.zeros(shape, np.uint8)
+            part = source[r : r + shape[0], c : c + shape[1]]
+            window[: part.shape[0], : part.shape[1]] = part
+            start = int(target.value[thread])
+            assert start % 1024 == 0 and shape[1] == 128, "the swizzle repeats so"
+            pieces = window.reshape(shape[0], 8, 16)
+            for i in range(shape[0]):
+                for j in range(8):
+                    self._write(start + 128 * i + 16 * (j ^ i % 8), pieces[i, j])
+
+    # Memory.
+
+    @contextlib.contextmanager
+    def _masked(self, mask):
+        before, self.mask = self.mask, mask
+        try:
+            yield
+        finally:
+            self.mask = before
+
+    def _find(self, address: int, size: int) -> np.ndarray:
+        for ref in self.buffers:
+            at = address - ref.base
+            if 0 <= at and at + size <= ref.bytes.size:
+                assert at % size == 0 or size not in (2, 4, 8, 16), "misaligned"
+                return ref.bytes[at : at + size]
+        raise AssertionError(f"{size} bytes at {address:#x} lie in no buffer")
+
+    def _write(self, address: int, data: np.ndarray):
+        self._find(address, data.size)[:] = data
+
+    # PTX.
+
+    def ptx(self, text: str, *args, out: str = "", pure: bool = False):
+        """Interprets PTX text over all threads."""
+        del pure
+        outs = [np.zeros(self.threads, np.uint32) for _ in out]
+        registers: dict[str, np.ndarray] = {}
+        predicates: dict[str, np.ndarray] = {}
+        inputs = [a.view(np.uint32) if a.dtype == np.float32 else a for a in args]
+
+        def read(name):
+            name = name.strip()
+            if name.startswith("$"):
+                i = int(name[1:])
+                return outs[i] if i < len(outs) else inputs[i - len(outs)]
+            if name.startswith("0f"):
+                return np.full(self.threads, int(name[2:], 16), np.uint32)
+            if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", name):
+                return np.full(self.threads, int(name, 0) % 2**32, np.uint32)
+            return registers.setdefault(name, np.zeros(self.threads, np.uint32))
+
+        def write(name, value, mask):
+            name = name.strip()
+            value = value.view(np.uint32) if value.dtype == np.float32 else value
+            if name.startswith("$"):
+                i = int(name[1:])
+                outs[i] = np.where(mask, value, outs[i]).astype(np.uint32)
+            else:
+                registers[name] = np.where(mask, value, read(name)).astype(np.uint32)
+
+        for statement in (
+            text.replace("{:uid}", "").strip().removeprefix("{").split(";")
+        ):
+            statement = statement.strip().removesuffix(
+                "}" if "{" not in statement else ""
+            )
+            statement = statement.split(": ")[-1].strip()
+            if not statement or statement.startswith(".reg"):
+                continue
+            mask = self.mask
+            if match := re.match(r"@(!?)(\w+)\s+", statement):
+                # Only the outcome of a wait is not set here: it has happened.
+                predicate = predicates.get(match[2], np.ones(self.threads, bool))
+                mask = mask & (~predicate if match[1] else predicate)
+                statement = statement[match.end() :]
+            opcode, _, rest = statement.partition(" ")
+            operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)
+            self._step(opcode.split("."), operands, mask, read, write, predicates)
+        results = [
+            o.view(np.float32) if t == "f" else o
+            for o, t in zip(outs, out, strict=True)
+        ]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _step(self, op, operands, mask, read, write, predicates):
+        """One instruction."""
+        kind = op[0]
+        if kind in ("mbarrier", "fence", "bar", "bra") or op[:3] == [
+            "cp",
+            "async",
+            "mbarrier",
+        ]:
+            return
+        if op[:2] == ["cp", "async"]:
+            if op[2] == "wait_all":
+                return
+            sizes = read(operands[3]) if len(operands) > 3 else read(operands[2])
+            self._copy_async(operands, int(operands[2]), sizes, mask, read)
+        elif kind in ("ld", "st"):
+            self._access(op, operands, mask, read, write)
+        elif kind == "setp":
+            a, b = (self._typed(read(o), op[2]) for o in operands[1:])
+            compare = {
+                "eq": np.equal,
+                "ne": np.not_equal,
+                "lt": np.less,
+                "gt": np.greater,
+            }
+            predicates[operands[0]] = compare[op[1]](a, b)
+        elif kind == "shfl":
+            value = read(operands[1]).reshape(-1, 32)
+            assert mask.all(), "a shuffle that not all threads meet"
+            lane = np.arange(32)
+            by = int(read(operands[2])[0])
+            source = lane ^ by if op[2] == "bfly" else np.full(32, by)
+            write(operands[0], value[:, source].reshape(-1), mask)
+        elif kind == "mma":
+            self._mma(op, operands, mask, read, write)
+        elif kind == "mov" and operands[0].startswith("{"):
+            low, high = operands[0].strip("{}").split(",")
+            value = read(operands[1])
+            write(low, value & np.uint32(0xFFFF), mask)
+            write(high, value >> np.uint32(16), mask)
+        else:
+            values = [read(o) for o in operands[1:]]
+            write(operands[0], self._compute(op, values), mask)
+
+    @staticmethod
+    def _typed(value, kind):
+        return value.view(np.float32) if kind == "f32" else value
+
+    def _compute(self, op, values):
+        """Arithmetic without memory."""
+        kind, last = op[0], op[-1]
+        f32 = [v.view(np.float32) for v in values if v.dtype == np.uint32]
+        with np.errstate(all="ignore"):
+            if kind == "cvt":
+                return self._convert(op, values, f32)
+            if last == "f32" and kind != "mov":
+                return {
+                    "add": lambda a, b: a + b,
+                    "mul": lambda a, b: a * b,
+                    "max": np.fmax,
+                    "min": np.fmin,
+                    "abs": np.abs,
+                    "rcp": lambda a: np.float32(1) / a,
+                    "fma": lambda a, b, c: self._fma(op[1], a, b, c),
+                }[kind](*f32)
+            return {
+                "mov": lambda a: a,
+                "add": lambda a, b: a + b,
+                "and": lambda a, b: a & b,
+                "or": lambda a, b: a | b,
+                "shl": lambda a, b: a << b,
+                "shr": lambda a, b: a >> b,
+                "mad": lambda a, b, c: a * b + c,
+                "bfe": lambda a, b, c: (a >> b) & ((np.uint32(1) << c) - np.uint32(1)),
+                "prmt": _permute,
+            }[kind](*values)
+
+    @staticmethod
+    def _fma(rounding, a, b, c):
+        exact = a.astype(np.float64) * b + c  # exact enough: 24 bits times 24, plus one
+        rounded = exact.astype(np.float32)
+        if rounding == "rm":
+            above = rounded.astype(np.float64) > exact
+            rounded = np.where(
+                above, np.nextafter(rounded, np.float32(-np.inf)), rounded
+            )
+        return rounded.astype(np.float32)
+
+    @staticmethod
+    def _convert(op, values, f32):
+        if op[-2].endswith("x2"):  # the first operand goes to the high half
+            half = _HALVES[op[-2][:-2]]
+            high, low = (f.astype(half).view(np.uint16).astype(np.uint32) for f in f32)
+            return high << np.uint32(16) | low
+        if op[-1] == "f32":
+            return f32[0].astype(_HALVES[op[-2]]).view(np.uint16).astype(np.uint32)
+        number = values[0].astype(np.uint16).view(_HALVES[op[-1]])
+        return number.astype(np.float32)
+
+    def _access(self, op, operands, mask, read, write):
+        """Loads and stores of one to four registers."""
+        place, vector = operands if op[0] == "ld" else operands[::-1]
+        place, vector = (vector, place) if op[0] == "ld" else (vector, place)
+        names = vector.strip("{}").split(",")
+        size = {"u8": 1, "b8": 1, "b16": 2}.get(op[-1], 4)
+        base, _, offset = place.strip("[]").partition("+")
+        address = read(base).astype(np.uint64) + np.uint64(int(offset or 0))
+        values = [read(n).copy() for n in names]
+        for thread in np.flatnonzero(mask):
+            memory = self._find(int(address[thread]), size * len(names))
+            for i, value in enumerate(values):
+                part = memory[i * size : (i + 1) * size]
+                if op[0] == "st":
+                    part[:] = value[thread : thread + 1].view(np.uint8)[:size]
+                else:
+                    word = np.zeros(4, np.uint8)
+                    word[:size] = part
+                    value[thread] = word.view(np.uint32)[0]
+        if op[0] == "ld":
+            for name, value in zip(names, values, strict=True):
+                write(name, value, mask)
+
+    def _copy_async(self, operands, size, sizes, mask, read):
+        target, source = (read(o.strip("[]")) for o in operands[:2])
+        for thread in np.flatnonzero(mask):
+            data = np.zeros(size, np.uint8)
+            count = int(sizes[thread])
+            data[:count] = self._find(int(source[thread]), size)[:count]
+            self._write(int(target[thread]), data)
+
+    def _mma(self, op, operands, mask, read, write):
+        """m16n8k16 with float32 accumulators."""
+        assert (
+            mask.reshape(-1, 32).any(1).tolist() == mask.reshape(-1, 32).all(1).tolist()
+        )
+        half = _HALVES[op[-2]]
+        d, a, b, c = ([n.strip() for n in o.strip("{}").split(",")] for o in operands)
+        warps = self.threads // 32
+        g, t = np.arange(32) // 4, np.arange(32) % 4
+
+        def pairs(name):
+            return (
+                read(name)
+                .view(np.uint16)
+                .view(half)
+                .astype(np.float32)
+                .reshape(warps, 32, 2)
+            )
+
+        A = np.zeros((warps, 16, 16), np.float32)
+        for i, name in enumerate(a):
+            for e in range(2):
+                A[:, g + 8 * (i % 2), 2 * t + 8 * (i // 2) + e] = pairs(name)[:, :, e]
+        B = np.zeros((warps, 16, 8), np.float32)
+        for i, name in enumerate(b):
+            for e in range(2):
+                B[:, 2 * t + 8 * i + e, g] = pairs(name)[:, :, e]
+        with np.errstate(all="ignore"):
+            product = A @ B
+        for i, (to, add) in enumerate(zip(d, c, strict=True)):
+            part = product[:, g + 8 * (i // 2), 2 * t + i % 2].reshape(-1)
+            write(to, part + read(add).view(np.float32), mask)
+
+
+def _permute(a, b, selector):
+    """`prmt`: bytes 0 to 3 are a's, 4 to 7 b's."""
+    octets = np.stack(
+        [(v >> np.uint32(8 * i)) & np.uint32(255) for v in (a, b) for i in range(4)]
+    )
+    result = np.zeros_like(a)
+    for i in range(4):
+        index = (selector >> np.uint32(4 * i)) & np.uint32(7)
+        byte = np.take_along_axis(octets, index[None].astype(np.int64), 0)[0]
+        result |= byte << np.uint32(8 * i)
+    return result
