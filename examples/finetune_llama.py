@@ -25,7 +25,7 @@ import qlora_jax as ql
 # run of minutes: few adapters' parameters, and a rate at which sixty steps go far.
 SMALL = ql.TrainConfig(
     rank=16,
-    alpha=32,
+    alpha=32.0,
     dropout=0.0,
     learning_rate=1e-3,
     schedule="linear",
@@ -76,7 +76,8 @@ def main() -> None:
     try:
         names = [field.name for field in dataclasses.fields(ql.TrainConfig)]
         config = ql.TrainConfig(**{name: getattr(args, name) for name in names})
-        folder = args.out or f"runs/{pathlib.Path(args.model).stem}"
+        name = pathlib.Path(args.model).name.removesuffix(".gguf")
+        folder = args.out or f"runs/{name}"
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
         run = ql.Run(folder, settings, resume=args.resume)
         train_rows, held_out_rows = conversations(args)

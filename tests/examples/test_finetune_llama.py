@@ -14,6 +14,12 @@ from tests.conftest import ROOT
 from tests.interop.folders import write_folder
 
 EXAMPLE = ROOT / "examples" / "finetune_llama.py"
+# Installed or not, the working tree is what is tested; one device, as users have.
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "",
+    "PYTHONPATH": str(ROOT),
+}
 SMALL = ["--steps", "4", "--batch-size", "2", "--seq-len", "80", "--rank", "2"]
 SMALL += ["--eval-rows", "4", "--save-every", "2", "--warmup-steps", "0"]
 
@@ -24,9 +30,8 @@ def command(model, data, out, *options):
 
 
 def run(*arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, cwd=ROOT, env=environment
+        command(*arguments), capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
     )
 
 
@@ -77,9 +82,8 @@ def test_killed_and_taken_up_again_it_ends_the_same(assets, finished):
     _, unbroken = finished
     out = assets / "killed"
     arguments = assets / "model", assets / "rows.jsonl", out, "--resume"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     process = subprocess.Popen(
-        command(*arguments), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+        command(*arguments), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL
     )
     while not (out / "checkpoints" / "2").exists() and process.poll() is None:
         time.sleep(0.02)
