@@ -1,24 +1,26 @@
-"""4-bit codes to 16-bit floats, eight at a time, shared by the kernel bodies.
+"""4-bit codes to 16-bit floats, shared by the kernel bodies.
 
-A 32-bit word holds eight codes. `PRMT`, the byte permute of NVIDIA GPUs, looks four
+Two ways, for two resources of a multiprocessor:
+
+*By permutes.* A 32-bit word holds eight codes. `PRMT`, the byte permute, looks four
 nibbles up in a table of eight bytes, so a table of sixteen 16-bit numbers is kept as
 eight registers (the low bytes of the numbers in four, the high bytes in four) and a
-word costs 21 integer instructions:
+word costs 16 permutes and 5 other instructions. Permutes run at 16 lanes a cycle and
+multiprocessor on Hopper (measured; a quarter of the rate of other integer
+instructions), so this is for few weights.
 
-    index    the low three bits of each nibble: what to take from either half
-    half     for each nibble 0..3 from the lower half of the table, 4..7 from the upper
-    4 codes  2 permutes for each half and byte, choose the halves, interleave the bytes
+*By pairs.* A byte is two codes, and a table of 256 pairs of numbers in shared memory
+gives both in one load. With a copy of it for each of the 32 lanes of a warp, in the
+bank of that lane, no two lanes ever meet: 64 weights a cycle and multiprocessor.
 
-The table may be the codebook, or the codebook times the scale of a block, multiplied in
-float32 and rounded once: then decoding needs no multiplication at all, and 8 products
-are paid for 64 weights or more.
-
-The functions are written over `Ops`, what a lane can do, so that the very same
-sequence runs in a kernel (`LaneOps`) and on numpy arrays in the tests.
+`decode_word` is written over `Ops`, what a lane can do, so that the very same sequence
+runs in a kernel (`LaneOps`) and on numpy arrays in the tests.
 """
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import jax.numpy as jnp
+import numpy as np
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
@@ -26,11 +28,11 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 # A 32-bit register: an MLIR value in a kernel, a numpy array in a test.
 Register = Any
 
-# Bytes l0 h0 l1 h1 of one pair of numbers, from `prmt(low, high, ...)`. In a byte the
-# even column is the high nibble, so that nibbles 0..7 of a word are columns
-# 1 0 3 2 5 4 7 6.
-_FIRST_PAIR = 0x4051
-_SECOND_PAIR = 0x6273
+# Which bytes of four decoded codes make two registers, from `permute(low, high, ...)`,
+# bytes l h l h from the first number up. A byte holds its first code in the high
+# nibble, so that nibbles 0..3 are codes 1 0 3 2.
+ALONG_BYTES = (0x4051, 0x6273)
+ACROSS_BYTES = (0x7351, 0x6240)
 
 
 class Ops(Protocol):
@@ -52,48 +54,61 @@ class Ops(Protocol):
         """Byte i of the result is byte `selector >> 4 i & 7` of (b, a)."""
         ...
 
-    def multiply(self, a: Register, constant: float) -> Register:
-        """The float32 product."""
-        ...
 
-    def round_pair(self, low: Register, high: Register) -> Register:
-        """Two float32 to two 16-bit floats of one register."""
-        ...
-
-
-def scaled_table(
-    ops: Ops, codebook: tuple[float, ...], scale: Register
-) -> tuple[list[Register], list[Register]]:
-    """The table of `codebook[i] * scale`, as low bytes and high bytes.
-
-    Args:
-        ops: where it runs.
-        codebook: 16 numbers.
-        scale: float32, the scale of the block.
+def byte_table(codebook: tuple[float, ...], dtype: str) -> tuple[list[int], list[int]]:
+    """The codebook in `dtype` as `decode_word` takes it.
 
     Returns:
-        Two lists of four registers; register i holds a byte of entries 4 i .. 4 i + 3.
+        Low bytes and high bytes, four 32-bit words each; word i holds those of entries
+        4 i .. 4 i + 3.
     """
-    numbers = [ops.multiply(scale, c) for c in codebook]
-    pairs = [ops.round_pair(numbers[i], numbers[i + 1]) for i in range(0, 16, 2)]
-    low = [ops.permute(pairs[i], pairs[i + 1], 0x6420) for i in range(0, 8, 2)]
-    high = [ops.permute(pairs[i], pairs[i + 1], 0x7531) for i in range(0, 8, 2)]
+    numbers = np.array(codebook, np.float32).astype(jnp.dtype(dtype)).view(np.uint8)
+    words = numbers.reshape(4, 4, 2).transpose(2, 0, 1).copy().view("<u4")[..., 0]
+    low, high = words.tolist()
     return low, high
 
 
+def pair_table(
+    codebook: tuple[float, ...], dtype: str, *, first: Literal["high", "low"]
+) -> np.ndarray:
+    """Both numbers of every byte of two codes.
+
+    Args:
+        codebook: 16 numbers.
+        dtype: the 16-bit float.
+        first: which nibble gives the number in the low half, which comes first in
+            memory. In a byte of a packed weight it is the high one.
+
+    Returns:
+        uint32 [256].
+    """
+    numbers = np.array(codebook, np.float32).astype(jnp.dtype(dtype)).view(np.uint16)
+    byte = np.arange(256)
+    high, low = numbers[byte >> 4].astype(np.uint32), numbers[byte & 15]
+    if first == "high":
+        return high | low.astype(np.uint32) << 16
+    return high << 16 | low
+
+
 def decode_word(
-    ops: Ops, word: Register, table: tuple[list[Register], list[Register]]
+    ops: Ops,
+    word: Register,
+    table: tuple[list[Register], list[Register]],
+    pairs: tuple[int, int] = ALONG_BYTES,
 ) -> list[Register]:
-    """The eight numbers of a word.
+    """The eight numbers of a word, by permutes.
 
     Args:
         ops: where it runs.
-        word: eight codes, columns 1 0 3 2 5 4 7 6 from the lowest nibble up.
-        table: what `scaled_table` returns.
+        word: four bytes of two codes, the first in the high nibble.
+        table: what `byte_table` returns, in registers.
+        pairs: which two codes share a register. `ALONG_BYTES`: the two of a byte, as
+            they lie in a row; registers are bytes 0 1 2 3. `ACROSS_BYTES`: the first
+            codes of bytes 0 and 1, then their second codes, then the same of bytes 2
+            and 3; for words whose bytes come from different rows.
 
     Returns:
-        Four registers of two numbers each: columns 0 1, 2 3, 4 5, 6 7, the first of
-        each pair in the low half, as 16 bytes of a row lie in memory.
+        Four registers of two numbers each, the first of each pair in the low half.
     """
     low, high = table
     index = ops.and_(word, 0x77777777)
@@ -106,8 +121,7 @@ def decode_word(
             )
             for t in (low, high)
         )
-        out.append(ops.permute(l_byte, h_byte, _FIRST_PAIR))
-        out.append(ops.permute(l_byte, h_byte, _SECOND_PAIR))
+        out += [ops.permute(l_byte, h_byte, selector) for selector in pairs]
         if len(out) == 2:
             index = ops.shift_right(index, 16)
             half = ops.shift_right(half, 16)
@@ -123,8 +137,7 @@ class LaneOps:
 
     def __init__(self, dtype: str):
         self._i32 = ir.IntegerType.get_signless(32)
-        self._f32 = ir.F32Type.get()
-        self._round = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
+        self._pair = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
 
     def _constant(self, x: int) -> ir.Value:
         return mgpu_utils.c(x - (1 << 32) if x >= 1 << 31 else x, self._i32)
@@ -149,13 +162,15 @@ class LaneOps:
             self._i32, [a, b, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r"
         )
 
-    def multiply(self, a, constant):
-        """The float32 product."""
-        value = arith.constant(self._f32, ir.FloatAttr.get(self._f32, constant))
-        return arith.mulf(a, value)
-
     def round_pair(self, low, high):
         """`cvt.rn` of two numbers at once."""
         return llvm.inline_asm(
-            self._i32, [high, low], f"cvt.rn.{self._round}.f32 $0, $1, $2;", "=r,f,f"
+            self._i32, [high, low], f"cvt.rn.{self._pair}.f32 $0, $1, $2;", "=r,f,f"
+        )
+
+    def multiply_pair(self, a, b):
+        """The products of two 16-bit floats, each rounded."""
+        kind = self._pair
+        return llvm.inline_asm(
+            self._i32, [a, b], f"mul.rn.{kind} $0, $1, $2;", "=r,r,r"
         )

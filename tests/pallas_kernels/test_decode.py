@@ -28,10 +28,7 @@ INT4 = tuple(i / 8 for i in (*range(8), *range(-8, 0)))
 
 
 class NumpyOps:
-    """`decode.Ops` on arrays of uint32, and float32 for the scales."""
-
-    def __init__(self, dtype):
-        self.dtype = dtype
+    """`decode.Ops` on arrays of uint32."""
 
     def and_(self, a, mask):
         return a & np.uint32(mask)
@@ -53,30 +50,35 @@ class NumpyOps:
             out |= byte << np.uint64(8 * i)
         return out.astype(np.uint32)
 
-    def multiply(self, a, constant):
-        return a * np.float32(constant)
-
-    def round_pair(self, low, high):
-        pair = [np.asarray(x).astype(self.dtype).view(np.uint16) for x in (low, high)]
-        return pair[0].astype(np.uint32) | pair[1].astype(np.uint32) << np.uint32(16)
-
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("codebook", [NF4, INT4], ids=["nf4", "int4"])
-def test_words_of_bytes_decode_to_rows(codebook, dtype):
+def test_words_decode_to_rows(codebook, dtype):
     rng = np.random.default_rng(0)
-    # every byte at every place of a word, one scale a word
+    # every byte at every place of a word
     packed = rng.permuted(np.tile(np.arange(256, dtype=np.uint8), (4, 1)), axis=1)
     packed = packed.T.copy()  # [256, 4]
-    scale = rng.uniform(0.01, 2.0, 256).astype(np.float32)
     codes = np.stack([packed >> 4, packed & 15], -1).reshape(256, 8)
-    expected = (np.array(codebook, np.float32)[codes] * scale[:, None]).astype(dtype)
+    expected = np.array(codebook, np.float32).astype(dtype)[codes]
 
-    ops = NumpyOps(dtype)
-    table = decode.scaled_table(ops, codebook, scale)
-    registers = decode.decode_word(ops, packed.view(np.uint32)[:, 0], table)
+    low, high = decode.byte_table(codebook, np.dtype(dtype).name)
+    table = [np.uint32(x) for x in low], [np.uint32(x) for x in high]
+    word = packed.view("<u4")[:, 0]
+    registers = decode.decode_word(NumpyOps(), word, table)
     got = np.stack(registers, -1).view(dtype)  # [256, 8]
     np.testing.assert_array_equal(got.view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("first", ["high", "low"])
+def test_pair_table_has_both_numbers_of_every_byte(first, dtype):
+    table = decode.pair_table(NF4, np.dtype(dtype).name, first=first)
+    assert table.dtype == np.uint32 and table.shape == (256,)
+    numbers = np.array(NF4, np.float32).astype(dtype).view(np.uint16)
+    for byte in range(256):
+        nibbles = (byte >> 4, byte & 15) if first == "high" else (byte & 15, byte >> 4)
+        low, high = table[byte] & 0xFFFF, table[byte] >> 16
+        assert (low, high) == tuple(numbers[list(nibbles)]), hex(byte)
 
 
 def test_a_word_costs_21_instructions():
@@ -88,7 +90,7 @@ def test_a_word_costs_21_instructions():
                 counted.append(name)
             return super().__getattribute__(name)
 
-    ops = Counting(np.float16)
+    ops = Counting()
     table = ([np.uint32(0)] * 4, [np.uint32(0)] * 4)
     decode.decode_word(ops, np.uint32(0), table)
     # `and` and `or` with constants are one instruction
