@@ -40,7 +40,7 @@ SMALL = ql.TrainConfig(
 
 def parse() -> argparse.Namespace:
     """Returns the command line; every hyperparameter of TrainConfig is a flag."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Finetune a Llama in 4 bits.")
     add = parser.add_argument
     add("--model", default="SmolLM2-135M-Instruct", help="folder, .gguf or hub name")
     add("--data", help="Alpaca rows, .json or .jsonl; default: Python's documentation")

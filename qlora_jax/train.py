@@ -25,7 +25,7 @@ from qlora_jax.run import Run
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-    Batch = Mapping[str, Array]
+    Batch = Mapping[str, Any]  # of arrays, NumPy's or jax's, [batch, seq]
     LossSum = Callable[[Any, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
 
 Schedule = Literal["constant", "linear", "cosine"]

@@ -60,7 +60,7 @@ def linear(
 
 
 def rms_norm(
-    x: "Float[Array, '*b d']", scale: "Float[Array, 'd']", eps: float
+    x: "Float[Array, '*b d']", scale: "nnx.Param", eps: float
 ) -> "Float[Array, '*b d']":
     """Returns x / sqrt(mean(x²) + eps) · scale, computed in float32."""
     x32 = x.astype(jnp.float32)
@@ -148,6 +148,9 @@ class Layer(nnx.Module):
         x = x + o_proj(attend(rotate(q), rotate(k), v))  of the normalised x
         x = x + down_proj(silu(gate_proj(x)) · up_proj(x))  of the normalised x
     """
+
+    input_layernorm: nnx.Param
+    post_attention_layernorm: nnx.Param
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any):
         self.config = config
