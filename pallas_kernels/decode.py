@@ -21,9 +21,9 @@ from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
 # A 32-bit register: an MLIR value in a kernel, a numpy array in a test.
 Register = Any

@@ -1,5 +1,9 @@
 """The Hopper kernel: loader and consumers; `matmul_sm90` tells the design."""
 
+# What `inline_mgpu` returns and the transforms are, Pallas does not say in types.
+# pyright: reportCallIssue=false, reportAbstractUsage=false
+# pyright: reportPrivateImportUsage=false
+
 import functools
 
 import jax.experimental.pallas as pl
@@ -7,10 +11,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import matmul_sm90_lanes as lanes
 from pallas_kernels.matmul_sm90_lanes import (

@@ -8,10 +8,10 @@ numpy arrays of all 128 lanes.
 from typing import Any
 
 import numpy as np
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import decode
 
@@ -156,7 +156,8 @@ class Permute:
         return decode.decode_word(ops, word, self._table(ops), decode.ACROSS_BYTES)
 
     def _table(self, ops):
-        return tuple([ops.constant(x) for x in part] for part in self._bytes)
+        low, high = self._bytes
+        return [ops.constant(x) for x in low], [ops.constant(x) for x in high]
 
 
 # What follows is for kernels only: lanes of Mosaic GPU.

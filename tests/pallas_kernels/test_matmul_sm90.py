@@ -17,6 +17,7 @@ CONFIGS = [
     matmul_sm90.Config(decode="table"),
     matmul_sm90.Config(cluster=2, raster="features"),
     matmul_sm90.Config(tile_m=192, stages=5),
+    matmul_sm90.Config(tile_m=192, stages=4, decode="table"),
     matmul_sm90.Config(tile_m=128, stages=6, raster_width=4),
     matmul_sm90.Config(tile_m=64, stages=8, decode="table"),
 ]
@@ -241,6 +242,20 @@ def test_eight_bit_formats_are_refused():
     spec = PackedSpec(tuple(np.linspace(-1, 1, 256).tolist()), 256, 1024)
     with pytest.raises(NotImplementedError, match="4-bit formats only"):
         matmul_sm90.matmul(jnp.zeros((8, 1024), jnp.bfloat16), packed, spec)
+
+
+@pytest.mark.parametrize(
+    "direction, m, tile_m",
+    [
+        ("forward", 8192, 256),
+        ("forward", 512, 256),  # 2 waves, against 4 of half the height
+        ("backward", 512, 128),  # 128 tiles on 132 multiprocessors, against 64
+        ("forward", 64, 64),
+    ],
+)
+def test_tiles_follow_from_waves(direction, m, tile_m):
+    _, spec = arrays(14336, 4096)
+    assert matmul_sm90.default_config(direction, m, spec).tile_m == tile_m
 
 
 @pytest.mark.parametrize(

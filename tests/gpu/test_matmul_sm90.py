@@ -1,0 +1,114 @@
+"""The Hopper matmuls against the float64 product, every configuration and pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import matmul_sm90
+from pallas_kernels.matmul_sm90 import Config
+from qlora_jax.quant import dequantize, quantize
+from tests.tolerances import MATMUL_RELATIVE
+
+PASSES = {"forward": matmul_sm90.matmul, "backward": matmul_sm90.matmul_dx}
+CONFIGS = [
+    Config(),
+    Config(decode="table"),
+    Config(cluster=2),
+    Config(cluster=2, decode="table", raster="features"),
+    Config(tile_m=192, stages=5),
+    Config(tile_m=128, stages=6),
+    Config(tile_m=128, stages=6, decode="table", raster_width=4),
+    Config(tile_m=64, stages=8),
+]
+
+
+def is_hopper():
+    device = jax.devices()[0]
+    return device.platform == "gpu" and device.compute_capability == "9.0"
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not is_hopper(), reason="needs compute capability 9.0"),
+]
+
+
+def operands(direction, m, n, k, dtype="bfloat16", format="nf4", **options):
+    """x of the pass, the weight and the float64 product."""
+    key = jax.random.key(n + k)
+    w = quantize(jax.random.normal(key, (k, n)) * 0.02, format, **options)
+    width = k if direction == "forward" else n
+    x = jax.random.normal(jax.random.key(m), (m, width)).astype(dtype)
+    exact = np.asarray(dequantize(w, jnp.float32), np.float64)
+    exact = exact if direction == "forward" else exact.T
+    return x, w, np.asarray(x, np.float64) @ exact
+
+
+def run(direction, x, w, config=None):
+    f = PASSES[direction]
+    return jax.jit(lambda x, p: f(x, p, w.spec, config=config))(x, w.packed)
+
+
+def relative_error(y, expected):
+    y = np.asarray(y, np.float64)
+    return np.linalg.norm(y - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_configuration(config, direction):
+    x, w, expected = operands(direction, 600, 1536, 1024)
+    y = run(direction, x, w, config)
+    assert relative_error(y, expected) < MATMUL_RELATIVE["bfloat16"]
+    np.testing.assert_array_equal(y, run(direction, x, w, config))
+
+
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("decode", ["permute", "table"])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
+def test_formats(format, decode, direction):
+    x, w, expected = operands(direction, 256, 512, 768, format=format)
+    y = run(direction, x, w, Config(decode=decode))
+    assert relative_error(y, expected) < MATMUL_RELATIVE["bfloat16"]
+
+
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize(
+    "m, n, k, options",
+    [
+        (1, 256, 256, {}),
+        (77, 1000, 576, {}),
+        (130, 456, 896, {"double_quant": False}),
+        (64, 1024, 1024, {"block_size": 128}),
+        (300, 1024, 1024, {"dtype": "float16"}),
+        (2049, 4096, 1024, {}),  # more tiles than multiprocessors
+    ],
+)
+def test_shapes(m, n, k, options, direction):
+    x, w, expected = operands(direction, m, n, k, **options)
+    y = run(direction, x, w)
+    assert y.shape == expected.shape and y.dtype == x.dtype
+    assert relative_error(y, expected) < MATMUL_RELATIVE[y.dtype.name]
+
+
+@pytest.mark.parametrize("direction", PASSES)
+def test_layers_of_a_stack_under_scan(direction):
+    k = n = 1024
+    stack = quantize(jax.random.normal(jax.random.key(0), (3, k, n)) / k**0.5)
+    x = jax.random.normal(jax.random.key(1), (256, k), jnp.bfloat16)
+    f = PASSES[direction]
+
+    @jax.jit
+    def by_index(x, stack):
+        def body(x, i):
+            w = stack.at_layer(i)
+            return f(x, w.packed, w.spec), None
+
+        return jax.lax.scan(body, x, jnp.arange(3))[0]
+
+    y = x
+    for i in range(3):
+        w = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+        y = f(y, w.packed, w.spec)
+    np.testing.assert_array_equal(by_index(x, stack), y)
