@@ -238,7 +238,12 @@ def measure_training(args):
         )
         print(rows[-1], flush=True)
     draw(curves, args.picture)
-    return {"arguments": vars(args), "rows": rows, "curves": curves}
+    arguments = vars(args) | {
+        name: path and pathlib.Path(path).name
+        for name, path in [("model", args.model), ("text", args.text)]
+    }
+    del arguments["picture"]
+    return {"arguments": arguments, "rows": rows, "curves": curves}
 
 
 def draw(curves, path):

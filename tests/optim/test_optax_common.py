@@ -43,7 +43,7 @@ OPTIMIZERS = {
             "yogi",
         ]
     },
-    "noisy_sgd": (optax.noisy_sgd, RATE | dict(key=np.array([0, 1], np.uint32))),
+    "noisy_sgd": (optax.noisy_sgd, RATE | dict(key=0)),
     "polyak_sgd": (optax.polyak_sgd, dict(max_learning_rate=1.0)),
     "acprop": (optax.contrib.acprop, RATE),
     "ademamix": (optax.contrib.ademamix, RATE),
@@ -97,14 +97,17 @@ def test_common_properties(name):
         return results, step
 
     found, step = run(tx)
-    expected, _ = run(inner)
+    expected, plain_step = run(inner)
     # the numbers and the tree of the inner optimizer, and its types
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    # one trace and one program for both steps
-    assert step._cache_size() == 1
+    # no more programs for both steps than the inner optimizer: one
+    assert step._cache_size() <= plain_step._cache_size() <= 2
+    assert step._cache_size() == 1 or name == "noisy_sgd"  # its key is uncommitted
     # the state has one type from step to step: it can be carried by a scan
     types = [jax.tree.map(jax.typeof, state) for _, state in found]
     assert types[0] == types[1]

@@ -20,12 +20,11 @@ PAGE = dict(page_size=2**14, min_size=1000)  # pages of one or two of the leaves
 
 
 def make_params():
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(jax.random.key(0), 3)
     return {
         "a": jax.random.normal(keys[0], (64, 32)),
         "b": {"c": jax.random.normal(keys[1], (32, 64)), "d": jnp.ones([3])},
         "e": jax.random.normal(keys[2], (4, 8, 128)),
-        "f": jax.random.normal(keys[3], (96, 40)),
     }
 
 
@@ -77,14 +76,14 @@ INNER = {
         clipped(optax.adamw(1e-2)), 2
     ).gradient_transformation(),
     "masked": lambda: optax.masked(
-        optax.adam(1e-2), {"a": True, "b": False, "e": True, "f": True}
+        optax.adam(1e-2), {"a": True, "b": False, "e": True}
     ),
     "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adamw)(
         optax.linear_schedule(1e-2, 1e-3, 3)
     ),
     "partition": lambda: optax.partition(
         {"x": optax.adam(1e-2), "y": optax.lion(1e-3)},
-        {"a": "x", "b": "y", "e": "y", "f": "x"},
+        {"a": "x", "b": "y", "e": "y"},
     ),
     "schedule": lambda: optax.adam(optax.cosine_decay_schedule(1e-2, 4)),
     "adamw8bit": lambda: adamw8bit(1e-2, min_8bit_size=1000),
@@ -114,9 +113,9 @@ def test_bit_equal_outside_of_jit(name):
     "wrap",
     [
         lambda tx: optax.chain(optax.clip_by_global_norm(0.3), tx, optax.scale(0.5)),
-        lambda tx: optax.masked(tx, {"a": True, "b": False, "e": True, "f": True}),
+        lambda tx: optax.masked(tx, {"a": True, "b": False, "e": True}),
         lambda tx: optax.partition(
-            {"x": tx, "y": optax.sgd(1e-2)}, {"a": "x", "b": "x", "e": "y", "f": "x"}
+            {"x": tx, "y": optax.sgd(1e-2)}, {"a": "x", "b": "x", "e": "y"}
         ),
         lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
         lambda tx: optax.inject_hyperparams(
@@ -172,12 +171,12 @@ def test_state_is_the_inner_state_elsewhere():
         paged(optax.adam(1e-2), **PAGE).init(params),
     )
     assert_same_bits(state, plain)
-    assert len(hosted(state)) == 2 * 4  # both moments of a, c, e, f
+    assert len(hosted(state)) == 2 * 3  # both moments of a, c, e
     assert state[0].mu["b"]["d"].sharding.memory_kind == "device"
     # A plain state is taken too, and comes back in host memory.
     tx = paged(optax.adam(1e-2), **PAGE)
     _, after = jax.jit(tx.update)(gradients(params), plain, params)
-    assert len(hosted(after)) == 8
+    assert len(hosted(after)) == 6
 
 
 def test_compiled_program_takes_and_returns_host_memory():
@@ -188,7 +187,7 @@ def test_compiled_program_takes_and_returns_host_memory():
     _, state_out = compiled.output_shardings
     for shardings in (state_in, state_out):
         kinds = [s.memory_kind for s in jax.tree.leaves(shardings)]
-        assert kinds.count("pinned_host") == 8, kinds
+        assert kinds.count("pinned_host") == 6, kinds
 
 
 def test_device_budget_keeps_what_fits():
@@ -251,7 +250,7 @@ def mesh_of(count):
 
 
 def shard(params, mesh):
-    specs = {"a": P("x"), "b": {"c": P(None, "x"), "d": P()}, "e": P("x"), "f": P("x")}
+    specs = {"a": P("x"), "b": {"c": P(None, "x"), "d": P()}, "e": P("x")}
     if mesh.size == 8:
         specs["e"] = P(None, "x")
     return jax.device_put(params, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
@@ -298,7 +297,7 @@ def test_saved_on_eight_devices_restored_on_as_many_or_fewer(tmp_path, count):
             tmp_path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
         )
     assert_same_bits(restored["state"], state)
-    assert len(hosted(restored["state"])) == 8
+    assert len(hosted(restored["state"])) == 6
     assert len(restored["state"][0].mu["a"].sharding.device_set) == count
 
     def resume(params, state):
