@@ -5,12 +5,16 @@ does. These few names keep such code readable: integers with Python's operators,
 with typed results, loops over values.
 """
 
+from typing import Any
+
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
+from pallas_kernels.decode import LaneOps
 
-def ptx(text: str, *args, out: str = "", pure: bool = False):
+
+def ptx(text: str, *args, out: str = "", pure: bool = False) -> Any:
     """Emits PTX; `out` gives the results' types, one letter each (r: 32 bits, f)."""
     types = [
         ir.F32Type.get() if t == "f" else ir.IntegerType.get_signless(32) for t in out
@@ -114,6 +118,11 @@ def select(condition, yes: Int, no: Int) -> Int:
     return Int(arith.select(condition, yes.value, no.value))
 
 
+def pick(condition, yes, no):
+    """One of two values."""
+    return arith.select(condition, yes, no)
+
+
 def both(a, b):
     """Whether both conditions hold."""
     return arith.andi(a, b)
@@ -179,3 +188,8 @@ def tma_load(ctx, ref, layer: Int, row: Int, column: Int, shape, target, barrier
         arrive=False,
         predicate=when,
     )
+
+
+def lane_ops(dtype: str) -> LaneOps:
+    """The operations of `decode` on values of this kernel."""
+    return LaneOps(dtype)

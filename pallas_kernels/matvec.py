@@ -31,6 +31,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.decode import pair_table
 from pallas_kernels.matvec_body import (
     BLOCK,
     CHUNK,
@@ -57,10 +58,7 @@ def lookup_table(spec: PackedSpec, dtype) -> np.ndarray:
         uint32 [512]. Word `e` has the number of the high half of `e`, the even
         column, in its low half; words from 256 on are the bits of float32 numbers.
     """
-    numbers = np.asarray(spec.codebook, np.float32).astype(dtype).view(np.uint16)
-    numbers = numbers.astype(np.uint32)
-    byte = np.arange(256)
-    pairs = numbers[byte >> 4] | numbers[byte & 15] << 16
+    pairs = pair_table(spec.codebook, jnp.dtype(dtype).name, first="high")
     nested = np.zeros(256, np.float32)
     if spec.nested_codebook is not None:
         nested = np.asarray(spec.nested_codebook, np.float32)
@@ -73,7 +71,7 @@ def candidate_tiles(m: int, n: int, k: int) -> list[Tile]:
     A tile covers all rows of a block of threads where it can. More rows of x want more
     rows of W in a warp, since these share what is read of x.
     """
-    groups = -(-(-(-n // 16)) // _NUM_SMS)  # of 16 rows, of a block of threads
+    groups = -(-n // (16 * _NUM_SMS))  # of 16 rows, of a block of threads
     chunks = -(-k // CHUNK)
     found = []
     for phases in (1, 2, 4, 8, 16, 32):
@@ -178,7 +176,7 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
         def run(ctx, refs):
             Body(plan, ctx, refs).run()
 
-        run(named)
+        run(named)  # pyright: ignore[reportCallIssue]
 
     return plgpu.kernel(
         matvec,

@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def x_bytes(self) -> int:
-        """x of one phase."""
+        """The part of x of one phase."""
         return self.m * self.x_pitch
 
     @property
@@ -154,7 +154,8 @@ class Plan:
     @property
     def max_tiles(self) -> int:
         """Tiles of a block of threads, at most."""
-        return -(-(-(-self.row_groups // self.grid)) // self.tile.groups)
+        groups = -(-self.row_groups // self.grid)
+        return -(-groups // self.tile.groups)
 
     @property
     def smem_offsets(self) -> dict[str, int]:
@@ -544,7 +545,7 @@ class Body:
         return emit.ptx("{.reg .b32 a; " + lookups + "}", word, lane, table, out="rrrr")
 
     def mma(self, a: list, b: list, c: list) -> list:
-        """c + a @ b, 16 rows of W by 16 columns by 8 rows of x."""
+        """Returns c + a @ b, 16 rows of W by 16 columns by 8 rows of x."""
         half = self.plan.ptx_type
         return list(
             emit.ptx(

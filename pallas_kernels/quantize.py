@@ -1,8 +1,8 @@
 """Quantizing and dequantizing a weight at the speed of memory, bit for bit.
 
 Both kernels are streams: a thread takes eight neighbouring numbers, 16 bytes of 16-bit
-numbers or one word of codes, several such pieces in flight, and a warp's pieces lie side
-by side. The arithmetic is that of `reference`, rounding for rounding:
+numbers or one word of codes, several such pieces in flight, and a warp's pieces lie
+side by side. The arithmetic is that of `reference`, rounding for rounding:
 
 * `dequantize` looks each code up in a float32 table in shared memory, one copy a lane
   (entry `c` of lane `l` at byte `128 c + 4 l`: no bank conflicts), multiplies by the
@@ -347,7 +347,7 @@ def _kernel(emitter, names, out_type, smem_bytes, name):
         def run(_, refs):
             emitter(refs).build()
 
-        run(named)
+        run(named)  # pyright: ignore[reportCallIssue]
 
     return plgpu.kernel(
         body,
@@ -415,8 +415,8 @@ def quantize(w: jax.Array, spec: PackedSpec) -> PackedWeight:
 
     Raises:
         NotImplementedError: if this kernel cannot: other types, codes of 8 bits, k not
-            a multiple of 8, block sizes other than 8, 16, ... 256 or not dividing n * k,
-            codebooks with two midpoints nearer than 1/128.
+            a multiple of 8, block sizes other than 8, 16, ... 256 or not dividing
+            n * k, codebooks with two midpoints nearer than 1/128.
     """
     _check(spec, w.dtype)
     if spec.block_size > 32 * _PIECE or spec.n * spec.k % spec.block_size:

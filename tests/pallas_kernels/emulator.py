@@ -1,10 +1,11 @@
 """Runs kernels written with `pallas_kernels.emit` on numpy arrays, without a GPU.
 
 An `Emulator` has the functions of `emit`; put in its place, it makes a kernel's body
-compute instead of emitting code. A block's threads run in lockstep, every value an array
-over threads, and PTX text is interpreted. Asynchronous copies are done at once, so what
-this checks is arithmetic and addresses (each access must lie in its buffer, each barrier
-be met by all threads), not the order of memory accesses.
+compute instead of emitting code. A block's threads run in lockstep, every value an
+array over threads, and PTX text is interpreted. Each access must lie in its buffer, each
+barrier be met by all threads. Asynchronous copies are done either at once, which finds
+buffers refilled too early, or, `lazy`, only when they are waited for, which finds waits
+that are missing.
 """
 
 import contextlib
@@ -75,15 +76,20 @@ class Emulator:
 
     Int = Int
 
-    def __init__(self, threads: int, block: int, refs: dict[str, Any]):
+    def __init__(self, threads: int, block: int, refs: dict[str, Any], lazy=False):
         """Prepares a block.
 
         Args:
             threads: how many it has.
             block: its number in the grid.
             refs: arrays in global memory, or sizes in bytes of shared memory.
+            lazy: whether asynchronous copies wait until they are waited for.
         """
-        self.threads, self.block = threads, block
+        self.threads, self.block, self.lazy = threads, block, lazy
+        self.uncommitted: list[Any] = []  # copies: a function of which threads
+        self.groups: list[list[Any]] = []
+        self.announced: list[Any] = []  # barriers, threads, copies
+        self.waits: dict[int, int] = {}
         self.mask = np.ones(threads, bool)
         self.refs, self.buffers = {}, []
         shared = _SHARED_BASE
@@ -120,6 +126,12 @@ class Emulator:
     def select(self, condition, yes: Int, no: Int) -> Int:
         return Int(np.where(condition, yes.value, no.value))
 
+    def pick(self, condition, yes, no):
+        return np.where(condition, yes, no)
+
+    def lane_ops(self, dtype):
+        return NumpyOps(dtype)
+
     def zero(self):
         return np.zeros(self.threads, np.float32)
 
@@ -144,21 +156,26 @@ class Emulator:
             i = np.where(active, i + step.value, i)
 
     def tma_load(self, ctx, ref, layer, row, column, shape, target, barrier, when):
-        del ctx, barrier
-        for thread in np.flatnonzero(when & self.mask):
-            source = ref.bytes.reshape(ref.shape)
-            if len(ref.shape) == 3:
-                source = source[layer.value[thread]]
-            r, c = int(row.value[thread]), int(column.value[thread])
-            window = np.zeros(shape, np.uint8)
-            part = source[r : r + shape[0], c : c + shape[1]]
-            window[: part.shape[0], : part.shape[1]] = part
-            start = int(target.value[thread])
-            assert start % 1024 == 0 and shape[1] == 128, "the swizzle repeats so"
-            pieces = window.reshape(shape[0], 8, 16)
-            for i in range(shape[0]):
-                for j in range(8):
-                    self._write(start + 128 * i + 16 * (j ^ i % 8), pieces[i, j])
+        del ctx
+
+        def copy(threads):
+            for thread in np.flatnonzero(threads):
+                source = ref.bytes.reshape(ref.shape)
+                if len(ref.shape) == 3:
+                    source = source[layer.value[thread]]
+                r, c = int(row.value[thread]), int(column.value[thread])
+                window = np.zeros(shape, np.uint8)
+                part = source[r : r + shape[0], c : c + shape[1]]
+                window[: part.shape[0], : part.shape[1]] = part
+                start = int(target.value[thread])
+                assert start % 1024 == 0 and shape[1] == 128, "the swizzle repeats so"
+                i, j = np.divmod(np.arange(8 * shape[0]), 8)
+                self._write(start + 128 * i + 16 * (j ^ i % 8), window.reshape(-1, 16))
+
+        if self.lazy:
+            self.announced.append([barrier.value, when & self.mask, [copy]])
+        else:
+            copy(when & self.mask)
 
     # Memory.
 
@@ -170,16 +187,23 @@ class Emulator:
         finally:
             self.mask = before
 
-    def _find(self, address: int, size: int) -> np.ndarray:
+    def _find(self, addresses, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The buffer of all addresses, and for each the places of `size` bytes."""
+        addresses = np.atleast_1d(addresses).astype(np.int64)
         for ref in self.buffers:
-            at = address - ref.base
-            if 0 <= at and at + size <= ref.bytes.size:
-                assert at % size == 0 or size not in (2, 4, 8, 16), "misaligned"
-                return ref.bytes[at : at + size]
-        raise AssertionError(f"{size} bytes at {address:#x} lie in no buffer")
+            at = addresses - ref.base
+            if np.all((at >= 0) & (at + size <= ref.bytes.size)):
+                assert size not in (2, 4, 8, 16) or not np.any(at % size), "misaligned"
+                return ref.bytes, at[:, None] + np.arange(size)
+        raise AssertionError(f"{size} bytes at {addresses} do not lie in one buffer")
 
-    def _write(self, address: int, data: np.ndarray):
-        self._find(address, data.size)[:] = data
+    def _read(self, addresses, size: int) -> np.ndarray:
+        memory, at = self._find(addresses, size)
+        return memory[at]
+
+    def _write(self, addresses, data: np.ndarray):
+        memory, at = self._find(addresses, data.shape[-1])
+        memory[at] = data
 
     # PTX.
 
@@ -238,17 +262,12 @@ class Emulator:
     def _step(self, op, operands, mask, read, write, predicates):
         """One instruction."""
         kind = op[0]
-        if kind in ("mbarrier", "fence", "bar", "bra") or op[:3] == [
-            "cp",
-            "async",
-            "mbarrier",
-        ]:
-            return
-        if op[:2] == ["cp", "async"]:
-            if op[2] == "wait_all":
-                return
-            sizes = read(operands[3]) if len(operands) > 3 else read(operands[2])
-            self._copy_async(operands, int(operands[2]), sizes, mask, read)
+        if op[:2] == ["mbarrier", "try_wait"]:
+            self._wait(read(operands[1].strip("[]")), read(operands[2]), mask)
+        elif kind in ("mbarrier", "fence", "bar", "bra"):
+            pass
+        elif op[:2] == ["cp", "async"]:
+            self._copy_async(op, operands, mask, read)
         elif kind in ("ld", "st"):
             self._access(op, operands, mask, read, write)
         elif kind == "setp":
@@ -267,6 +286,8 @@ class Emulator:
             by = int(read(operands[2])[0])
             source = lane ^ by if op[2] == "bfly" else np.full(32, by)
             write(operands[0], value[:, source].reshape(-1), mask)
+        elif kind == "ldmatrix":
+            self._load_matrices(op, operands, mask, read, write)
         elif kind == "mma":
             self._mma(op, operands, mask, read, write)
         elif kind == "mov" and operands[0].startswith("{"):
@@ -335,34 +356,86 @@ class Emulator:
 
     def _access(self, op, operands, mask, read, write):
         """Loads and stores of one to four registers."""
-        place, vector = operands if op[0] == "ld" else operands[::-1]
-        place, vector = (vector, place) if op[0] == "ld" else (vector, place)
+        vector, place = operands if op[0] == "ld" else operands[::-1]
         names = vector.strip("{}").split(",")
         size = {"u8": 1, "b8": 1, "b16": 2}.get(op[-1], 4)
         base, _, offset = place.strip("[]").partition("+")
         address = read(base).astype(np.uint64) + np.uint64(int(offset or 0))
-        values = [read(n).copy() for n in names]
-        for thread in np.flatnonzero(mask):
-            memory = self._find(int(address[thread]), size * len(names))
-            for i, value in enumerate(values):
-                part = memory[i * size : (i + 1) * size]
-                if op[0] == "st":
-                    part[:] = value[thread : thread + 1].view(np.uint8)[:size]
-                else:
-                    word = np.zeros(4, np.uint8)
-                    word[:size] = part
-                    value[thread] = word.view(np.uint32)[0]
-        if op[0] == "ld":
-            for name, value in zip(names, values, strict=True):
-                write(name, value, mask)
+        if not mask.any():
+            return
+        if op[0] == "st":
+            words = np.stack([read(n) for n in names], -1)[mask]
+            octets = np.ascontiguousarray(words).view(np.uint8)
+            octets = octets.reshape(len(words), len(names), 4)[..., :size]
+            self._write(address[mask], octets.reshape(len(words), -1))
+            return
+        octets = np.zeros((self.threads, len(names), 4), np.uint8)
+        loaded = self._read(address[mask], size * len(names))
+        octets[mask, :, :size] = loaded.reshape(-1, len(names), size)
+        for i, name in enumerate(names):
+            word = np.ascontiguousarray(octets[:, i]).view(np.uint32)[:, 0]
+            write(name, word, mask)
 
-    def _copy_async(self, operands, size, sizes, mask, read):
-        target, source = (read(o.strip("[]")) for o in operands[:2])
-        for thread in np.flatnonzero(mask):
-            data = np.zeros(size, np.uint8)
-            count = int(sizes[thread])
-            data[:count] = self._find(int(source[thread]), size)[:count]
-            self._write(int(target[thread]), data)
+    def _copy_async(self, op, operands, mask, read):
+        """`cp.async` and how it is waited for."""
+        everyone = np.ones(self.threads, bool)
+        if op[2] == "commit_group":
+            self.groups.append(self.uncommitted)
+            self.uncommitted = []
+        elif op[2] in ("wait_group", "wait_all"):
+            left = int(operands[0]) if operands else 0
+            done = self.groups[: len(self.groups) - left]
+            self.groups = self.groups[len(done) :]
+            if op[2] == "wait_all":
+                done, self.uncommitted = [*done, self.uncommitted], []
+            for copy in (copy for group in done for copy in group):
+                copy(everyone)
+        elif op[2] == "mbarrier":
+            barrier = read(operands[0].strip("[]"))
+            self.announced.append([barrier, mask.copy(), list(self.uncommitted)])
+        else:
+            size = int(operands[2])
+            target, source = (read(o.strip("[]")).copy() for o in operands[:2])
+            sizes = read(operands[-1]).copy()
+            left = mask.copy()  # a group and a barrier may both wait for it
+
+            def copy(threads):
+                now = left & threads
+                left[now] = False
+                given = now & (sizes > 0)
+                if now.any():
+                    self._write(target[now], np.zeros((now.sum(), size), np.uint8))
+                if given.any():
+                    self._write(target[given], self._read(source[given], size))
+
+            if self.lazy:
+                self.uncommitted.append(copy)
+            else:
+                copy(everyone)
+
+    def _wait(self, barrier, parity, mask):
+        """Waits for what was announced at a barrier."""
+        for one in np.unique(barrier[mask]).tolist():
+            waits = self.waits[one] = self.waits.get(one, 0) + 1
+            mine = mask & (barrier == one)
+            assert (parity[mine] == (waits - 1) % 2).all(), "the wrong phase"
+            for announced in self.announced:
+                threads = announced[1] & (announced[0] == one)
+                for copy in announced[2]:
+                    copy(threads)
+                announced[1] = announced[1] & ~threads
+
+    def _load_matrices(self, op, operands, mask, read, write):
+        """ldmatrix.x4: lane 8 i + j gives the address of row j of matrix i."""
+        assert mask.all(), "an ldmatrix that not all threads meet"
+        address = read(operands[1].strip("[]")).reshape(-1, 32)
+        rows = self._read(address.reshape(-1), 16).view(np.uint16)
+        matrices = rows.reshape(-1, 4, 8, 8)
+        if "trans" in op:
+            matrices = matrices.swapaxes(2, 3)
+        words = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, 4, 32)
+        for i, name in enumerate(operands[0].strip("{}").split(",")):
+            write(name, words[:, i].reshape(-1), mask)
 
     def _mma(self, op, operands, mask, read, write):
         """m16n8k16 with float32 accumulators."""
@@ -396,6 +469,34 @@ class Emulator:
         for i, (to, add) in enumerate(zip(d, c, strict=True)):
             part = product[:, g + 8 * (i // 2), 2 * t + i % 2].reshape(-1)
             write(to, part + read(add).view(np.float32), mask)
+
+
+class NumpyOps:
+    """`decode.Ops` on arrays over threads."""
+
+    def __init__(self, dtype: str):
+        self._half = np.dtype(dtype)
+
+    def and_(self, a, mask):
+        return a & np.uint32(mask)
+
+    def or_(self, a, bits):
+        return a | np.uint32(bits)
+
+    def shift_right(self, a, bits):
+        return a >> np.uint32(bits)
+
+    def permute(self, a, b, selector):
+        if isinstance(selector, int):
+            selector = np.full_like(a, selector)
+        return _permute(a, b, selector)
+
+    def multiply(self, a, constant):
+        return a * np.float32(constant)
+
+    def round_pair(self, low, high):
+        pair = np.stack([low, high], -1).astype(self._half)
+        return pair.view(np.uint32)[..., 0]
 
 
 def _permute(a, b, selector):

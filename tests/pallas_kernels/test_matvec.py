@@ -48,7 +48,7 @@ def decoded(packed, spec):
     return (numbers * np.repeat(scales, spec.block_size)).reshape(spec.n, spec.k)
 
 
-def emulate(monkeypatch, x, packed, spec, tile=None, grid=None):
+def emulate(monkeypatch, x, packed, spec, tile=None, grid=None, lazy=False):
     """`matvec.matmul` block by block on numpy."""
     plan = matvec.make_plan(x.shape[0], x.dtype, packed, spec, tile)
     if grid is not None:
@@ -75,6 +75,7 @@ def emulate(monkeypatch, x, packed, spec, tile=None, grid=None):
                 **operands,
                 "y": y,
             },
+            lazy,
         )
         monkeypatch.setattr(matvec_body, "emit", emulator)
         matvec_body.Body(plan, None, emulator.refs).run()
@@ -99,10 +100,11 @@ def relative_error(y, expected):
         (5, 72, 320, None),  # the last rows and the last columns fill no tile
     ],
 )
-def test_every_number_is_computed(monkeypatch, m, n, k, tile):
+@pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
+def test_every_number_is_computed(monkeypatch, m, n, k, tile, lazy):
     packed, spec = make_weight(n, k)
     x = np.random.default_rng(m).normal(size=(m, k)).astype(jnp.bfloat16)
-    y = emulate(monkeypatch, x, packed, spec, tile, grid=2)
+    y = emulate(monkeypatch, x, packed, spec, tile, 2, lazy)
     expected = x.astype(np.float64) @ decoded(packed, spec).T
     assert relative_error(y, expected) <= MATMUL_RELATIVE["bfloat16"]
 

@@ -203,8 +203,12 @@ def test_the_interval_table_decides_every_edge():
         values = np.unique(np.asarray(codebook, np.float32) + np.float32(0))
         midpoints = (values[1:] + values[:-1]) / np.float32(2)
         x = np.concatenate(
-            [np.nextafter(midpoints, np.float32(-2)), midpoints, values]
-            + [np.nextafter(midpoints, np.float32(2))]
+            [
+                midpoints,
+                values,
+                np.nextafter(midpoints, np.float32(-2)),
+                np.nextafter(midpoints, np.float32(2)),
+            ]
         )
         interval = np.floor(x.astype(np.float64) * 128 + 128).astype(int)
         above = x > table[interval, 0].view(np.float32)
