@@ -9,6 +9,7 @@ value heads, c head dimension, s capacity of a cache, l layers, v vocabulary.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -57,6 +58,45 @@ def linear(
         w = w.get_value()
     y = x @ w
     return y if bias is None else y + bias[...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def float32_logits(
+    x: "Float[Array, '*b d']",
+    weight: "Float[Array, 'd v'] | Float[Array, 'v d']",
+    axis: int,
+) -> "Float[Array, '*b v']":
+    """Returns x @ weight in float32, without a float32 copy of either.
+
+    The backward rounds the gradient of the logits to the type of x, so that it
+    multiplies in that type too.
+
+    Args:
+        x: hidden states.
+        weight: of the head.
+        axis: of `weight`, that is multiplied along: 0 for [d, v], 1 for [v, d].
+    """
+    contract = (((x.ndim - 1,), (axis,)), ((), ()))
+    return lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
+
+
+def _logits_fwd(x, weight, axis):
+    return float32_logits(x, weight, axis), (x, weight)
+
+
+def _logits_bwd(axis, residuals, gradient):
+    x, weight = residuals
+    gradient = gradient.astype(x.dtype)
+    contract = (((x.ndim - 1,), (1 - axis,)), ((), ()))
+    dx = lax.dot_general(gradient, weight, contract)
+    # Not computed where nobody asks for it: the head of a finetuned model is frozen.
+    rows = tuple(range(x.ndim - 1))
+    pair = (gradient, x) if axis else (x, gradient)
+    dw = lax.dot_general(*pair, ((rows, rows), ((), ())))
+    return dx, dw.astype(weight.dtype)
+
+
+float32_logits.defvjp(_logits_fwd, _logits_bwd)
 
 
 def rms_norm(
@@ -294,11 +334,12 @@ class Llama(nnx.Module):
     def head(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b v']":
         """Returns the float32 logits of normalised hidden states."""
         if self.config.tie_embeddings:
-            contract = (((x.ndim - 1,), (1,)), ((), ()))
-            return lax.dot_general(
-                x, self.embed[...], contract, preferred_element_type=jnp.float32
-            )
-        return linear(x, self.lm_head).astype(jnp.float32)
+            return float32_logits(x, self.embed[...], 1)
+        weight = self.lm_head
+        weight = weight.get_value() if isinstance(weight, nnx.Variable) else weight
+        if isinstance(weight, jax.Array):
+            return float32_logits(x, weight, 0)
+        return linear(x, weight).astype(jnp.float32)
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """Returns an empty cache for `batch` rows of at most `capacity` tokens."""
