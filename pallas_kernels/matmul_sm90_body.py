@@ -61,9 +61,14 @@ def scratch(dtype, spec, config) -> dict:
         )
     else:
         x_empty = plgpu.Barrier(num_arrivals=2, num_barriers=config.stages)
-    table_words = TABLE_BYTES // 4 if config.decode == "table" else LANES
-    return dict(
-        table_smem=plgpu.SMEM((table_words,), jnp.uint32),
+    table = {}
+    if config.decode == "table":
+        table = dict(
+            table_smem=plgpu.SMEM((TABLE_BYTES // 4,), jnp.uint32),
+            # each consumer writes half of it
+            table_full=plgpu.Barrier(num_arrivals=2),
+        )
+    return table | dict(
         x_smem=plgpu.SMEM(
             (config.stages, config.tile_m, STEP), dtype, transforms=_swizzled()
         ),
@@ -79,8 +84,6 @@ def scratch(dtype, spec, config) -> dict:
         ),
         x_full=plgpu.Barrier(num_barriers=config.stages),
         x_empty=x_empty,
-        # each consumer writes half of it
-        table_full=plgpu.Barrier(num_arrivals=2),
         # the copy of the codes, and the scales
         codes_full=plgpu.Barrier(num_arrivals=2, num_barriers=CODE_STAGES),
         codes_empty=plgpu.Barrier(num_arrivals=2, num_barriers=CODE_STAGES),
@@ -194,15 +197,15 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
             _write_table(pairs_gmem, s["table_smem"], wg)
             plgpu.barrier_arrive(s["table_full"])
             plgpu.barrier_wait(s["table_full"])
-            decoder = lanes.Table()
+            decoder, table = lanes.Table(), (s["table_smem"],)
         else:
-            decoder = lanes.Permute(spec.codebook, dtype.name)
+            decoder, table = lanes.Permute(spec.codebook, dtype.name), ()
 
         def decode_step(count, half):
             at = slot(count, CODE_STAGES)
             if half == 0:
                 plgpu.barrier_wait(s["codes_full"].at[at])
-            refs = codes_smem.at[at], scales_smem.at[at], s["table_smem"]
+            refs = codes_smem.at[at], scales_smem.at[at], *table
             w = _decode_step(forward, spec, dtype, decoder, half, refs, wg)
             if half == 1:
                 plgpu.barrier_arrive(s["codes_empty"].at[at])
@@ -292,14 +295,14 @@ def _decode_step(forward, spec, dtype, decoder, half, refs, wg):
     @plgpu.inline_mgpu(
         arg_types=(
             plgpu.RefType(transforms),
-            plgpu.RefType(),
-            plgpu.RefType(),
+            *(plgpu.RefType() for _ in refs[1:]),
             plgpu.Layout.WG_SPLAT,
         ),
         return_type=plgpu.ShapeDtypeStruct((64, STEP), dtype, plgpu.Layout.WGMMA),
     )
-    def run(_, codes, scales, table, wg):
-        ops = lanes.LaneOps(dtype.name, codes, scales, table)
+    def run(_, *args):
+        *memory, wg = args
+        ops = lanes.LaneOps(dtype.name, *memory)
         layout = plgpu.Layout.WGMMA.to_mgpu()
         pair_type = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(dtype))
         out = np.empty(layout.registers_shape((64, STEP)), dtype=object)
