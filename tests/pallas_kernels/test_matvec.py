@@ -97,6 +97,8 @@ def relative_error(y, expected):
         (8, 32, 512, Tile(1, 1, 4, 2)),
         (9, 64, 1024, Tile(2, 2, 2, 2, phases=2)),
         (17, 32, 512, Tile(1, 2, 2, 2, phases=2)),
+        (2, 192, 1280, Tile(1, 4, 1, 2)),  # rings wrap, within a tile and across
+        (9, 160, 1280, Tile(1, 2, 2, 3, phases=3)),
         (5, 72, 320, None),  # the last rows and the last columns fill no tile
     ],
 )
