@@ -1,0 +1,54 @@
+"""The quantize and dequantize kernels on a GPU, bit for bit against the rules."""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.pallas_kernels.test_matvec import make_weight
+from tests.pallas_kernels.test_quantize import (
+    CODEBOOKS,
+    DTYPES,
+    dequantize_by_rule,
+    quantize_by_rule,
+    weight_with_edges,
+)
+
+kernels = importlib.import_module("pallas_kernels.quantize")
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CODEBOOKS)
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+def test_quantize_equals_the_rule(name, dtype, block_size):
+    _, spec = make_weight(512, 1024, block_size, nested=False)
+    spec = dataclasses.replace(spec, codebook=CODEBOOKS[name])
+    w = weight_with_edges(np.random.default_rng(0), spec.n, spec.k, dtype)
+    out = jax.jit(lambda w: kernels.quantize(w, spec))(jnp.asarray(w))
+    codes, absmax = quantize_by_rule(w, spec)
+    np.testing.assert_array_equal(np.asarray(out.codes), codes)
+    np.testing.assert_array_equal(np.asarray(out.absmax).reshape(-1), absmax)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CODEBOOKS)
+@pytest.mark.parametrize("block_size, nested", [(64, True), (64, False), (256, True)])
+def test_dequantize_equals_the_rule(name, block_size, nested, dtype):
+    packed, spec = make_weight(512, 1024, block_size, nested)
+    spec = dataclasses.replace(spec, codebook=CODEBOOKS[name])
+    y = jax.jit(lambda p: kernels.dequantize(p, spec, dtype))(
+        jax.tree.map(jnp.asarray, packed)
+    )
+    assert np.asarray(y).tobytes() == dequantize_by_rule(packed, spec, dtype).tobytes()
+
+
+def test_double_quantization_follows():
+    packed, spec = make_weight(512, 1024)
+    w = np.random.default_rng(0).normal(size=(512, 1024)).astype(jnp.bfloat16)
+    out = jax.jit(lambda w: kernels.quantize(w, spec))(jnp.asarray(w))
+    assert out.absmax.dtype == jnp.uint8
+    assert out.nested_absmax.shape == packed.nested_absmax.shape
