@@ -30,11 +30,11 @@ SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (5120, 1382
 ROWS = [128, 256, 512, 1024, 2048, 8192]
 CACHE_BYTES = 120e6  # weights are rotated until they exceed this: twice an H200's L2
 CONFIGS = [
-    matmul_sm90.Config(tile_m=tile_m, stages=stages, decode=decode, cluster=cluster)
+    matmul_sm90.Config(tile_m=tile_m, stages=stages, permuted=permuted, cluster=cluster)
     for tile_m, stages in ((256, 4), (192, 4), (128, 6), (64, 8))
-    for decode in ("permute", "table")
+    for permuted in (4, 2, 1, 0)
     for cluster in (1, 2)
-] + [matmul_sm90.Config(raster_width=width, decode="table") for width in (4, 16)]
+] + [matmul_sm90.Config(raster_width=width, permuted=0) for width in (4, 16)]
 
 
 @dataclasses.dataclass

@@ -42,7 +42,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import decode
+from pallas_kernels import decode, tuning
 from pallas_kernels.matmul_sm90_body import (
     CODE_STAGES,
     OUT_ROWS,
@@ -55,6 +55,7 @@ from pallas_kernels.matmul_sm90_lanes import (
     SPAN_BYTES,
     SPAN_STEPS,
     STEP,
+    STEP_WORDS,
     TABLE_BYTES,
 )
 from pallas_kernels.packed import PackedSpec, PackedWeight
@@ -77,8 +78,9 @@ class Config:
         cluster: 2 lets pairs of blocks, neighbours in features, share tiles of x.
         raster: which of rows and features varies faster from block to block.
         raster_width: how many tiles of the faster one before the slower one moves.
-        decode: how codes become numbers, "permute" or "table". Byte permutes take no
-            shared memory but are what bounds the kernel; the table is untimed yet.
+        permuted: words of codes, of a lane's four a step, that are decoded by byte
+            permutes; the others by the table. Permutes take no shared memory, but all
+            by permutes is what bounds the kernel.
     """
 
     tile_m: int = 256
@@ -86,7 +88,7 @@ class Config:
     cluster: int = 1
     raster: Literal["rows", "features"] = "rows"
     raster_width: int = 8
-    decode: Literal["permute", "table"] = "permute"
+    permuted: int = STEP_WORDS
 
     def __post_init__(self):
         if self.tile_m not in (64, 128, 192, 256):
@@ -97,8 +99,8 @@ class Config:
             raise ValueError(f"{self.cluster=} must be 1 or 2.")
         if self.raster not in ("rows", "features"):
             raise ValueError(f"{self.raster=} must be 'rows' or 'features'.")
-        if self.decode not in ("permute", "table"):
-            raise ValueError(f"{self.decode=} must be 'permute' or 'table'.")
+        if not 0 <= self.permuted <= STEP_WORDS:
+            raise ValueError(f"{self.permuted=} must be 0 to {STEP_WORDS}.")
         if self.shared_bytes > _SHARED_BYTES:
             raise ValueError(
                 f"{self} takes {self.shared_bytes} bytes of shared memory, a block has "
@@ -109,7 +111,7 @@ class Config:
     def shared_bytes(self) -> int:
         """Bytes of shared memory, barriers not counted."""
         return (
-            TABLE_BYTES * (self.decode == "table")
+            TABLE_BYTES * (self.permuted < STEP_WORDS)
             + self.stages * self.tile_m * STEP * 2
             + CODE_STAGES * TILE_FEATURES * (SPAN_BYTES + SPAN_STEPS * 4)
             + 2 * OUT_SLOTS * OUT_ROWS * 64 * 2
@@ -194,6 +196,9 @@ def _check(direction: Pass, x: Any, packed: PackedWeight, spec: PackedSpec) -> N
             f"{x.shape=} does not fit the {direction} pass of a weight of "
             f"{spec.n} x {spec.k}: its last axis must be {contraction}."
         )
+    capability = tuning.compute_capability()
+    if capability is not None and int(capability) != 9:
+        raise NotImplementedError(f"{capability=}: Hopper, 9.0, only.")
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"{x.dtype=}: bfloat16 or float16 only.")
     if spec.bits != 4:

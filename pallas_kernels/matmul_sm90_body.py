@@ -23,6 +23,7 @@ from pallas_kernels.matmul_sm90_lanes import (
     SPAN_BYTES,
     SPAN_STEPS,
     STEP,
+    STEP_WORDS,
     TABLE_BYTES,
     TABLE_ROW,
 )
@@ -62,7 +63,7 @@ def scratch(dtype, spec, config) -> dict:
     else:
         x_empty = plgpu.Barrier(num_arrivals=2, num_barriers=config.stages)
     table = {}
-    if config.decode == "table":
+    if config.permuted < STEP_WORDS:
         table = dict(
             table_smem=plgpu.SMEM((TABLE_BYTES // 4,), jnp.uint32),
             # each consumer writes half of it
@@ -193,20 +194,21 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
             plgpu.barrier_arrive(s["x_empty"].at[i])
         for i in range(CODE_STAGES):
             plgpu.barrier_arrive(s["codes_empty"].at[i])
-        if config.decode == "table":
-            _write_table(pairs_gmem, s["table_smem"], wg)
+        decoders = [lanes.Permute(spec.codebook, dtype.name)] * config.permuted
+        decoders += [lanes.Table()] * (STEP_WORDS - config.permuted)
+        table = ()
+        if config.permuted < STEP_WORDS:
+            table = (s["table_smem"],)
+            _write_table(pairs_gmem, *table, wg)
             plgpu.barrier_arrive(s["table_full"])
             plgpu.barrier_wait(s["table_full"])
-            decoder, table = lanes.Table(), (s["table_smem"],)
-        else:
-            decoder, table = lanes.Permute(spec.codebook, dtype.name), ()
 
         def decode_step(count, half):
             at = slot(count, CODE_STAGES)
             if half == 0:
                 plgpu.barrier_wait(s["codes_full"].at[at])
             refs = codes_smem.at[at], scales_smem.at[at], *table
-            w = _decode_step(forward, spec, dtype, decoder, half, refs, wg)
+            w = _decode_step(forward, spec, dtype, decoders, half, refs, wg)
             if half == 1:
                 plgpu.barrier_arrive(s["codes_empty"].at[at])
             return w
@@ -283,7 +285,7 @@ def _write_table(pairs_gmem, table_smem, wg):
     run(pairs_gmem, table_smem, wg)
 
 
-def _decode_step(forward, spec, dtype, decoder, half, refs, wg):
+def _decode_step(forward, spec, dtype, decoders, half, refs, wg):
     """A consumer's first operand of wgmma, for step `half` of a span.
 
     Returns:
@@ -308,7 +310,7 @@ def _decode_step(forward, spec, dtype, decoder, half, refs, wg):
         out = np.empty(layout.registers_shape((64, STEP)), dtype=object)
         by_column = out.reshape(STEP // 8, 2)
         operand = step(
-            ops, decoder, half, lanes.lane_index(), lanes.scalar(wg), bool(transforms)
+            ops, decoders, half, lanes.lane_index(), lanes.scalar(wg), bool(transforms)
         )
         for row, column, pair in operand:
             by_column[column, row] = mgpu_utils.bitcast(pair.value, pair_type)

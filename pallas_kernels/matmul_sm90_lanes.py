@@ -18,6 +18,8 @@ from pallas_kernels import decode
 LANES = 128
 # Contraction of a wgmma: 64 16-bit numbers are the 128 bytes of a swizzled row.
 STEP = 64
+# 32-bit words of codes that a lane decodes a step.
+STEP_WORDS = 4
 # Codes and scales come for two steps at a time.
 SPAN_STEPS = 2
 SPAN = STEP * SPAN_STEPS
@@ -65,14 +67,14 @@ def scale_addresses(forward: bool, lane: Integer) -> list[Integer]:
     return [place, place + LANES * 4]
 
 
-def forward_step(ops, decoder, half: int, lane, wg, swizzled: bool):
+def forward_step(ops, decoders, half: int, lane, wg, swizzled: bool):
     """Yields row, column of eight and pair of numbers of a lane's first operand.
 
     A lane of a quad needs, of every word of eight codes, the byte with its two columns.
 
     Args:
         ops: the lane's memory (`codes`, `scales`) and its arithmetic.
-        decoder: `Table` or `Permute`.
+        decoders: `Table` or `Permute` for each of the four words' worth of a step.
         half: which step of the span.
         lane: 0 .. 127.
         wg: which consumer.
@@ -83,12 +85,13 @@ def forward_step(ops, decoder, half: int, lane, wg, swizzled: bool):
         (scale,) = ops.scales((first + row) * 4 + half * LANES * 4, 1)
         for part in range(2):
             address = chunk_address(first + row, 2 * half + part, swizzled)
+            decoder = decoders[2 * row + part]
             numbers = decoder.bytes_of_words(ops, ops.codes(address), lane & 3)
             for i, number in enumerate(numbers):
                 yield row, 4 * part + i, ops.multiply_pair(number, scale)
 
 
-def backward_step(ops, decoder, half: int, lane, wg, swizzled: bool):
+def backward_step(ops, decoders, half: int, lane, wg, swizzled: bool):
     """As `forward_step`; columns are rows of codes, and rows nibbles of a byte.
 
     A unit is two bytes of each of two rows of codes. Two warps read it, and take a byte
@@ -103,6 +106,7 @@ def backward_step(ops, decoder, half: int, lane, wg, swizzled: bool):
         place = wg * (LANES * 4) + (lane & 3) * 32 + (half * 128 + part * 16)
         scales += ops.scales(place, 4)
     for i in range(0, 8, 2):
+        decoder = decoders[i // 2]
         numbers = decoder.nibbles_of_units(ops, units[i], units[i + 1], warp & 1)
         for j, number in enumerate(numbers):
             column = i + j // 2

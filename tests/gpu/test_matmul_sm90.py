@@ -13,12 +13,12 @@ from tests.tolerances import MATMUL_RELATIVE
 PASSES = {"forward": matmul_sm90.matmul, "backward": matmul_sm90.matmul_dx}
 CONFIGS = [
     Config(),
-    Config(decode="table"),
+    Config(permuted=0),
     Config(cluster=2),
-    Config(cluster=2, decode="table", raster="features"),
+    Config(cluster=2, permuted=0, raster="features"),
     Config(tile_m=192, stages=5),
     Config(tile_m=128, stages=6),
-    Config(tile_m=128, stages=6, decode="table", raster_width=4),
+    Config(tile_m=128, stages=6, permuted=0, raster_width=4),
     Config(tile_m=64, stages=8),
 ]
 
@@ -65,11 +65,11 @@ def test_every_configuration(config, direction):
 
 
 @pytest.mark.parametrize("direction", PASSES)
-@pytest.mark.parametrize("decode", ["permute", "table"])
+@pytest.mark.parametrize("permuted", [0, 4])
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
-def test_formats(format, decode, direction):
+def test_formats(format, permuted, direction):
     x, w, expected = operands(direction, 256, 512, 768, format=format)
-    y = run(direction, x, w, Config(decode=decode))
+    y = run(direction, x, w, Config(permuted=permuted))
     assert relative_error(y, expected) < MATMUL_RELATIVE["bfloat16"]
 
 

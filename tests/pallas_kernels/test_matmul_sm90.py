@@ -14,12 +14,12 @@ from tests.pallas_kernels.test_decode import NF4, NumpyOps
 LANE = np.arange(128, dtype=np.uint32)
 CONFIGS = [
     None,
-    matmul_sm90.Config(decode="table"),
+    matmul_sm90.Config(permuted=0),
     matmul_sm90.Config(cluster=2, raster="features"),
     matmul_sm90.Config(tile_m=192, stages=5),
-    matmul_sm90.Config(tile_m=192, stages=4, decode="table"),
+    matmul_sm90.Config(tile_m=192, stages=4, permuted=0),
     matmul_sm90.Config(tile_m=128, stages=6, raster_width=4),
-    matmul_sm90.Config(tile_m=64, stages=8, decode="table"),
+    matmul_sm90.Config(tile_m=64, stages=8, permuted=0),
 ]
 PASSES = {"forward": matmul_sm90.matmul, "backward": matmul_sm90.matmul_dx}
 
@@ -110,9 +110,9 @@ def scales_in_shared_memory(forward, scales):
 @pytest.mark.parametrize("swizzled", [True, False])
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("wg", [0, 1])
-@pytest.mark.parametrize("kind", ["permute", "table"])
+@pytest.mark.parametrize("permuted", [0, 1, 4])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_lanes_hold_the_first_operand(direction, kind, wg, half, swizzled):
+def test_lanes_hold_the_first_operand(direction, permuted, wg, half, swizzled):
     forward = direction == "forward"
     rng = np.random.default_rng(0)
     packed = rng.integers(0, 256, (128, 64), dtype=np.uint8)
@@ -134,11 +134,12 @@ def test_lanes_hold_the_first_operand(direction, kind, wg, half, swizzled):
         scales_in_shared_memory(forward, scales),
         decode.pair_table(NF4, "bfloat16", first=first),
     )
-    decoder = lanes.Permute(NF4, "bfloat16") if kind == "permute" else lanes.Table()
+    decoders = [lanes.Permute(NF4, "bfloat16")] * permuted
+    decoders += [lanes.Table()] * (4 - permuted)
     step = lanes.forward_step if forward else lanes.backward_step
     wg_register = np.full(128, wg, np.uint32)
     got = np.full((64, 64), np.nan, np.float32)
-    for row, column, pair in step(ops, decoder, half, LANE, wg_register, swizzled):
+    for row, column, pair in step(ops, decoders, half, LANE, wg_register, swizzled):
         numbers = np.ascontiguousarray(pair).view(bf16).reshape(128, 2)
         features = lanes.feature(LANE) + row
         columns = 8 * column + 2 * (LANE & 3)
@@ -266,7 +267,7 @@ def test_tiles_follow_from_waves(direction, m, tile_m):
         ({"stages": 8}, "bytes of shared memory"),
         ({"cluster": 3}, "must be 1 or 2"),
         ({"raster": "columns"}, "must be 'rows' or 'features'"),
-        ({"decode": "magic"}, "must be 'permute' or 'table'"),
+        ({"permuted": 5}, "must be 0 to 4"),
     ],
 )
 def test_a_configuration_checks_itself(options, message):
