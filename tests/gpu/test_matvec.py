@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import matvec
 from pallas_kernels.packed import PackedWeight
 from tests.pallas_kernels.test_matvec import decoded, make_weight, relative_error
-from tests.pallas_kernels.test_quantize import CODEBOOKS
+from tests.pallas_kernels.test_quantize_kernel import CODEBOOKS
 from tests.tolerances import MATMUL_RELATIVE
 
 pytestmark = pytest.mark.gpu

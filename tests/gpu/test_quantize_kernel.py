@@ -1,15 +1,15 @@
 """The quantize and dequantize kernels on a GPU, bit for bit against the rules."""
 
 import dataclasses
-import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import quantize_kernel as kernels
 from tests.pallas_kernels.test_matvec import make_weight
-from tests.pallas_kernels.test_quantize import (
+from tests.pallas_kernels.test_quantize_kernel import (
     CODEBOOKS,
     DTYPES,
     dequantize_by_rule,
@@ -17,7 +17,6 @@ from tests.pallas_kernels.test_quantize import (
     weight_with_edges,
 )
 
-kernels = importlib.import_module("pallas_kernels.quantize")
 pytestmark = pytest.mark.gpu
 
 

@@ -1,18 +1,15 @@
 """The quantize and dequantize kernels: bit for bit on numpy, and lowered for CUDA."""
 
 import dataclasses
-import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import quantize_kernel as kernels
 from pallas_kernels.packed import PackedSpec, PackedWeight
 from tests.pallas_kernels.emulator import Emulator
-
-# The package exports a function of the same name.
-kernels = importlib.import_module("pallas_kernels.quantize")
 
 NF4 = (
     -1.0,
