@@ -29,18 +29,17 @@ from qlora_jax.optim import adamw8bit, lion8bit, paged, with_master
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def optimizers(rate, min_size=65_536, page_size=2**26):
+def optimizers(rate, min_size: int = 65_536):
     def clipped(inner):
         return optax.chain(optax.clip_by_global_norm(0.3), inner)
 
-    pages = dict(min_size=min_size, page_size=page_size)
     adamw = clipped(optax.adamw(rate, weight_decay=0.0))
     adamw_8bit = clipped(adamw8bit(rate, weight_decay=0.0))
     return {
         "adamw": adamw,
-        "paged adamw": paged(adamw, **pages),
+        "paged adamw": paged(adamw, min_size=min_size),
         "adamw8bit": adamw_8bit,
-        "paged adamw8bit": paged(adamw_8bit, **pages),
+        "paged adamw8bit": paged(adamw_8bit, min_size=min_size),
     }
 
 
@@ -108,15 +107,14 @@ def measure_steps(args):
         jax.block_until_ready((params, state))
         seconds = (time.perf_counter() - start) / args.steps
         on_host = bytes_in(state, "pinned_host")
+        temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
         rows.append(
             {
                 "optimizer": name,
                 "ms a step": round(seconds * 1e3, 2),
                 "state on device, MB": round(bytes_in(state, "device") / 1e6, 1),
                 "state on host, MB": round(on_host / 1e6, 1),
-                "temporary, MB": round(
-                    compiled.memory_analysis().temp_size_in_bytes / 1e6, 1
-                ),
+                "temporary, MB": round(temporary / 1e6, 1),
                 "GB/s each way": round(on_host / seconds / 1e9, 1),
             }
         )
@@ -275,7 +273,7 @@ def print_table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Optimizers: cost and losses.")
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step")
     step.add_argument("--steps", type=int, default=10)
