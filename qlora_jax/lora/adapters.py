@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,14 +13,15 @@ from flax import nnx
 from jax.core import Tracer
 
 from qlora_jax.lora import initial
+from qlora_jax.lora.forms import KernelForm
 from qlora_jax.lora.lora import LoRAParam, LoraTensor, scale_of
 from qlora_jax.lora.places import (
     BASE,
     TRAINED,
     Targets,
-    in_flax_layer,
     is_module,
     is_weight,
+    kernel_forms,
     listed,
     map_lora,
     named_weights,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Key
 
 # Heads and embeddings stay as they are unless named, as in QLoRA and PEFT.
-_NOT_LINEAR = re.compile(r"(^|/)(embed\w*|head|lm_head)$")
+_NOT_LINEAR = re.compile(r"(^|/)(embed\w*|head|lm_head)(/kernel)?$")
 # With a stack axis these have two axes as well, and no pattern means them.
 _VECTOR = re.compile(r"(bias|scale|norm)$")
 
@@ -52,6 +53,7 @@ def add_lora(
     dora: bool = False,
     init: initial.Init = "kaiming",
     quantize: str | None = None,
+    forms: Mapping[str, KernelForm] | None = None,
     dtype: Any = jnp.float32,
 ) -> Any:
     """Puts a low-rank adapter beside the linear weights of a model.
@@ -62,10 +64,13 @@ def add_lora(
 
     No base weight is copied, and the model given stays as it was.
 
+    Layers of Flax NNX (Linear, LinearGeneral and with it attention, Einsum, Conv,
+    Embed) are replaced by ones that take such a weight for a kernel; see docs/lora.md.
+
     Args:
-        model: an NNX module whose weights are Params used as `x @ self.w`, or a plain
-            pytree of weights. Leading stack axes (scanned layers) are kept: one
-            adapter for each layer.
+        model: an NNX module with such layers, or whose weights are Params used as
+            `x @ self.w`; or a plain pytree of weights. Leading stack axes (scanned
+            layers) are kept: one adapter for each layer.
         rank: inner dimension of the adapters, at most the smaller side of the weight.
             The paper takes 64.
         alpha: see the equation.
@@ -74,8 +79,9 @@ def add_lora(
         targets: which weights. A regular expression or several, found (`re.search`)
             in the path, the keys joined by "/" as in `quantize_tree`: `q_proj`,
             `layers/[qv]_proj$`; biases, scales and norms are never meant. Or a
-            predicate of path and weight. None: every quantized weight and every
-            weight called `*_proj`, except embeddings and heads.
+            predicate of path and weight. None: every quantized weight, every weight
+            called `*_proj` and the kernels of Flax's linear layers, except embeddings
+            and heads.
         key: a typed key for the initial values. Those of a weight depend on the key
             and its path only, not on what else is targeted.
         rank_pattern: ranks that differ, by pattern as in `targets`.
@@ -90,6 +96,8 @@ def add_lora(
             need weights that are not quantized yet.
         quantize: a format, as `nf4`, in which to hold the base under the adapters,
             double-quantized. Needed by `loftq`, advised with `pissa`.
+        forms: for the params of a Flax Linen model, `lora.linen.forms(...)`: which
+            kernels of more than two axes are which matrices.
         dtype: of the trained leaves.
 
     Returns:
@@ -99,19 +107,22 @@ def add_lora(
         ValueError: if a pattern matches nothing or two match one weight, a chosen
             weight has fewer than two axes or an adapter already, a rank is over the
             dimension, or a rate is out of range.
-        NotImplementedError: if a chosen weight belongs to a layer of Flax's own, which
-            multiplies by other means than `x @ w`.
+        NotImplementedError: if a chosen weight belongs to a layer of Flax's own that
+            cannot be adapted: a convolution with groups or a mask, an einsum that is
+            no contraction.
     """
     # The byte that draws a mask rounds rates above 511/512 up to 1.
     if not 0 <= dropout < 511 / 512:
         raise ValueError(f"{dropout=} must be in [0, 1).")
     weights = named_weights(model)
-    chosen = _chosen(model, weights, targets)
+    form_of = kernel_forms(model) if forms is None else forms.get
+    chosen = _chosen(weights, targets, form_of)
     ranks = _by_pattern(chosen, rank, rank_pattern, "rank_pattern")
     alphas = _by_pattern(chosen, alpha, alpha_pattern, "alpha_pattern")
     new = {}
     for path in chosen:
-        w = weights[path]
+        form = form_of(path)
+        w = _as_matrix(path, weights[path], form)
         _check_rank(path, w, ranks[path])
         w, a, b = initial.initialised(
             w,
@@ -129,12 +140,13 @@ def add_lora(
             alpha=float(alphas[path]),
             dropout=float(dropout),
             rslora=rslora,
+            form=None if form is None or form.is_plain else form,
         )
         new[path] = initial.with_magnitude(lt, dtype) if dora else lt
     return replace_weights(model, new)
 
 
-def split_trainable(model: Any) -> tuple[Any, Any]:
+def split_trainable(model: Any, *, also: Targets | None = None) -> tuple[Any, Any]:
     """Takes a model apart into what is trained and what is frozen.
 
     Both are pytrees, fit to be arguments of jit; gradients and optimizers take the
@@ -144,15 +156,21 @@ def split_trainable(model: Any) -> tuple[Any, Any]:
 
     Args:
         model: a model with adapters in it, see `add_lora`.
+        also: arrays to be trained whole beside the adapters, by pattern or predicate as
+            in `add_lora`, biases and norms included: `"bias$|norm"`, `"embed|lm_head"`.
+            They are trained in the type they have.
 
     Returns:
         `(trainable, frozen)`, for `join_trainable`.
 
     Raises:
-        ValueError: if the model holds no adapter, or merged ones.
+        ValueError: if nothing is trained, an adapter is merged, or `also` names
+            nothing or a weight that cannot be trained.
     """
-    lora = {p: w for p, w in named_weights(model).items() if isinstance(w, LoraTensor)}
-    if not lora:
+    weights = named_weights(model)
+    lora = {p: w for p, w in weights.items() if isinstance(w, LoraTensor)}
+    whole = frozenset() if also is None else _trained_whole(weights, also)
+    if not lora and not whole:
         raise ValueError("The model holds no adapter: call add_lora first.")
     for path, lt in lora.items():
         if lt.merged is not None:
@@ -161,16 +179,18 @@ def split_trainable(model: Any) -> tuple[Any, Any]:
                 "unmerge_lora first."
             )
     if is_module(model):
-        graphdef, trainable, rest = nnx.split(model, LoRAParam, ...)
+        named = lambda path, _: "/".join(map(str, path)) in whole
+        chosen = nnx.Any(LoRAParam, named) if whole else LoRAParam
+        graphdef, trainable, rest = nnx.split(model, chosen, ...)
         return trainable, (graphdef, rest)
 
     def part(emptied: Sequence[str], rest: bool):
-        def take(leaf):
+        def take(path, leaf):
             if isinstance(leaf, LoraTensor):
                 return dataclasses.replace(leaf, **dict.fromkeys(emptied))
-            return leaf if rest else None
+            return leaf if rest != (leaf_path(path) in whole) else None
 
-        return jax.tree.map(take, model, is_leaf=is_weight)
+        return jax.tree_util.tree_map_with_path(take, model, is_leaf=is_weight)
 
     held = (*BASE, "key", "ids")
     return part(held, rest=False), part(TRAINED, rest=True)
@@ -259,13 +279,23 @@ def stack_adapters(trainables: Sequence[Any]) -> Any:
 
     def stack(path, *leaves):
         # A magnitude has one axis behind the stack, [*stack, out]; a and b have two.
-        is_magnitude = leaf_path(path).rsplit("/", 1)[-1] == "magnitude"
-        return jnp.stack(leaves, -2 if is_magnitude else -3)
+        name = leaf_path(path).rsplit("/", 1)[-1]
+        if name not in TRAINED:
+            raise ValueError(
+                f"{leaf_path(path)!r} is trained whole (also=...), and only adapters "
+                "can be chosen by row."
+            )
+        return jnp.stack(leaves, -2 if name == "magnitude" else -3)
 
     return jax.tree_util.tree_map_with_path(stack, *trainables)
 
 
-def _chosen(model: Any, weights: Mapping[str, Any], targets: Targets | None):
+FormOf = Callable[[str], KernelForm | None]
+
+
+def _chosen(
+    weights: Mapping[str, Any], targets: Targets | None, form_of: FormOf
+) -> list[str]:
     """The paths of the weights that get an adapter."""
     fit = [
         path
@@ -282,13 +312,14 @@ def _chosen(model: Any, weights: Mapping[str, Any], targets: Targets | None):
         paths = [
             path
             for path in fit
-            if (is_weight(weights[path]) or path.endswith("_proj"))
-            and not _NOT_LINEAR.search(path)
+            if not _NOT_LINEAR.search(path)
+            and (is_weight(weights[path]) or _is_linear(path, form_of))
         ]
         if not paths:
             raise ValueError(
-                "targets=None takes the quantized weights and those called *_proj, and "
-                f"the model has none. Name some of: {listed(fit)}."
+                "targets=None takes the quantized weights, those called *_proj and the "
+                f"linear layers of Flax, and the model has none. Name some of: "
+                f"{listed(fit)}."
             )
     else:
         patterns = [targets] if isinstance(targets, str) else targets
@@ -303,12 +334,54 @@ def _chosen(model: Any, weights: Mapping[str, Any], targets: Targets | None):
                 f"{path!r} has shape {list(weights[path].shape)} and an adapter needs "
                 f"[*stack, in, out]. Weights that would do: {listed(fit)}."
             )
-        if in_flax_layer(model, path):
-            raise NotImplementedError(
-                f"{path!r} belongs to a layer of flax.nnx, which multiplies by "
-                "lax.dot_general and takes arrays only. Write the layer as x @ self.w."
-            )
     return paths
+
+
+def _is_linear(path: str, form_of: FormOf) -> bool:
+    if path.endswith("_proj"):
+        return True
+    try:
+        form = form_of(path)
+    except NotImplementedError:  # left alone unless it is named
+        return False
+    return form is not None and form.kind == "linear"
+
+
+def _trained_whole(weights: Mapping[str, Any], also: Targets) -> frozenset[str]:
+    """The paths of the arrays that `also` names."""
+    fit = [
+        path
+        for path, w in weights.items()
+        if not is_weight(w) and jnp.issubdtype(w.dtype, jnp.floating)
+    ]
+    if callable(also):
+        chosen = [path for path in weights if also(path, weights[path])]
+    else:
+        patterns = [also] if isinstance(also, str) else also
+        chosen = list(pattern_of(patterns, fit, what="also"))
+    for path in chosen:
+        if path not in fit:
+            raise ValueError(
+                f"{path!r} is {type(weights[path]).__name__} and cannot be trained "
+                f"whole; these can: {listed(fit)}."
+            )
+    return frozenset(chosen)
+
+
+def _as_matrix(path: str, w: Any, form: KernelForm | None) -> Any:
+    """The weight laid out as matrices [*stack, in, out]."""
+    if form is None:
+        return w
+    if is_weight(w):
+        if tuple(w.shape[-len(form.matrix_shape) :]) != form.matrix_shape:
+            raise ValueError(
+                f"{path!r} is quantized as matrices {list(w.shape[-2:])} and its layer "
+                f"multiplies by {list(form.matrix_shape)}: load the model unquantized, "
+                "and give add_lora(..., quantize=...)."
+            )
+        return w
+    form.stack_of(w.shape, path)
+    return form.matrix(w)
 
 
 def _by_pattern(
@@ -351,8 +424,8 @@ def _check_ids(path: str, lt: LoraTensor, ids: Any) -> None:
 
 def _join_tree(trainable: Any, frozen: Any) -> Any:
     def join(part, rest):
-        if part is None:
-            return rest
+        if part is None or rest is None:
+            return rest if part is None else part
         if not isinstance(rest, LoraTensor):
             raise ValueError(
                 "trainable and frozen are not of one model: an adapter meets "

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Key
 
 
+@runtime_checkable
 class FromWeight(Protocol):
     """An initialisation that looks at the weight, one [in, out] matrix at a time.
 

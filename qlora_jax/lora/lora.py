@@ -3,11 +3,15 @@
 import dataclasses
 import functools
 import math
+import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from qlora_jax.lora.forms import KernelForm
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Key, Shaped
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
 # Any: a leaf is an array, a tracer, a ShapeDtypeStruct, another weight, an
 # nnx.Variable that holds one of them or, inside a tree map, anything.
 Leaf = Any
+
+# From x and a weight [in, out] to their product.
+Product = Callable[[Any, Any], Any]
 
 # The adapters' Variable type is Flax's own, so that filters written for it still hold.
 LoRAParam = nnx.LoRAParam
@@ -66,7 +73,8 @@ class LoraTensor:
       of which `x @ merged` is then the result.
 
     Static: `alpha`; `dropout`, the rate, in [0, 1), which is rounded to a multiple of
-    1/256; `rslora`. They never depend on the stack axes, so that a slice of a scan
+    1/256; `rslora`; `form`, how the kernel of a layer was laid out as this matrix, or
+    None if it was one. They never depend on the stack axes, so that a slice of a scan
     describes itself truly.
     """
 
@@ -81,6 +89,7 @@ class LoraTensor:
     alpha: float = dataclasses.field(default=16.0, metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
     rslora: bool = dataclasses.field(default=False, metadata={"static": True})
+    form: KernelForm | None = dataclasses.field(default=None, metadata={"static": True})
 
     # Makes `numpy_array @ lt` reach __rmatmul__ below.
     __array_ufunc__ = None
@@ -137,7 +146,9 @@ class LoraTensor:
         return dataclasses.replace(jax.tree.map(lambda x: x[layer], rest), **held)
 
     def __getitem__(self, index) -> "LoraTensor":
-        """Slices the stack axes; the matrix itself is not sliceable."""
+        """Slices the stack axes; `...`, as Flax reads variables, is all of it."""
+        if index is Ellipsis:
+            return self
         if self.ndim == 2:
             raise IndexError(f"Only stack axes can be indexed; this is {self!r}.")
         return jax.tree.map(lambda x: x[index], self)
@@ -165,7 +176,24 @@ class LoraTensor:
     def __rmatmul__(
         self, x: "Float[Array, '*batch in']"
     ) -> "Float[Array, '*batch out']":
-        x = jnp.asarray(x)
+        return self.multiply(jnp.asarray(x))
+
+    def multiply(
+        self,
+        x: "Float[Array, '*batch in']",
+        product: Product = operator.matmul,
+        project: Product | None = None,
+    ) -> "Float[Array, '*batch out']":
+        """Returns `x @ self`, with the multiplications as a layer does them.
+
+        Args:
+            x: activations, beginning with the stack axes if there are any.
+            product: instead of `x @ w` with the base (or with what was merged).
+            project: instead of `x @ a`; the last axis of x may then be another.
+
+        Raises:
+            ValueError: if x, adapters and ids do not fit together.
+        """
         if stack := self.shape[:-2]:
             if x.shape[: len(stack)] != stack or x.ndim == len(stack):
                 raise ValueError(
@@ -173,14 +201,19 @@ class LoraTensor:
                     f"{list(stack)} of {self!r}; for one x through all layers, scan "
                     "over the stack."
                 )
-            return jax.vmap(lambda x, lt: x @ lt)(x, self)
-        self._check(x)
+            return jax.vmap(lambda x, lt: lt.multiply(x, product, project))(x, self)
+        self._check(x, projected=project is not None)
         if self.merged is not None:
-            return x @ unwrapped(self.merged)
+            return product(x, unwrapped(self.merged))
         w, a, b = unwrapped(self.w), unwrapped(self.a), unwrapped(self.b)
-        y = x @ w
+        y = product(x, w)
         key = self.key if self.dropout else None
-        adapter = functools.partial(_low_rank, scale=self.scale, rate=self.dropout)
+        adapter = functools.partial(
+            _low_rank,
+            scale=self.scale,
+            rate=self.dropout,
+            project=operator.matmul if project is None else project,
+        )
         # Of the adapter the backward pass keeps its leaves, x and the products: not the
         # mask, the dropped x, the masters rounded or the rows' copies of them. q, k and
         # v then share the one x that they were given.
@@ -190,8 +223,8 @@ class LoraTensor:
             y = y * self._column_ratio(w, a, b * self.scale, x.dtype).astype(y.dtype)
         return y
 
-    def _check(self, x: Leaf) -> None:
-        if x.ndim == 0 or x.shape[-1] != self.shape[0]:
+    def _check(self, x: Leaf, projected: bool) -> None:
+        if not projected and (x.ndim == 0 or x.shape[-1] != self.shape[0]):
             raise ValueError(
                 f"The last axis of x, of shape {list(x.shape)}, must be the first of "
                 f"the weight, {list(self.shape)}."
@@ -245,7 +278,15 @@ def scale_of(rank: int, alpha: float, rslora: bool) -> float:
 
 
 def _low_rank(
-    x: Leaf, a: Leaf, b: Leaf, key: Leaf, ids: Leaf, *, scale: float, rate: float
+    x: Leaf,
+    a: Leaf,
+    b: Leaf,
+    key: Leaf,
+    ids: Leaf,
+    *,
+    scale: float,
+    rate: float,
+    project: Product,
 ) -> Leaf:
     """dropout(x) @ a @ b * scale in the dtype of x, a and b by row if there are ids."""
     dropped = x
@@ -255,16 +296,41 @@ def _low_rank(
     # The scale goes onto b in float32: one rounding, and no pass over the rows.
     a, b = a.astype(x.dtype), (b * scale).astype(x.dtype)
     if ids is None:
-        return dropped @ a @ b
+        return project(dropped, a) @ b
+    if ids.ndim == 0:
+        a, b = one_of(a, b, ids)
+        return project(dropped, a) @ b
+    return _by_row(dropped, a, b, ids, project)
+
+
+def one_of(a: Leaf, b: Leaf, ids: Leaf) -> tuple[Leaf, Leaf]:
+    """Returns the `a` and `b` of each id: -1 has a zero `b`, an unknown one NaN."""
     # A negative id would count from the end; it means the base alone.
     take = functools.partial(
         jnp.take, indices=jnp.maximum(ids, 0), axis=0, mode="fill", fill_value=jnp.nan
     )
-    a, b = take(a), take(b)
-    b = jnp.where(ids[..., None, None] < 0, jnp.zeros_like(b), b)
-    if ids.ndim == 0:
-        return dropped @ a @ b
-    return jnp.einsum("n...r,nro->n...o", jnp.einsum("n...i,nir->n...r", dropped, a), b)
+    b = take(b)
+    return take(a), jnp.where(ids[..., None, None] < 0, jnp.zeros_like(b), b)
+
+
+def _by_row(x: Leaf, a: Leaf, b: Leaf, ids: Leaf, project: Product) -> Leaf:
+    """Each row of x with its own adapter, all adapters in one product.
+
+    x @ [a_0 a_1 ...] is made for every row, the parts that are another adapter's are
+    set to zero, and what is left multiplies [b_0; b_1; ...]. Two plain matmuls: the
+    adapters are read once, where a copy of a and b for each row would be written and
+    read again; the price is arithmetic times the number of adapters.
+    """
+    several, n_in, rank = a.shape
+    columns = jnp.moveaxis(a, 0, 1).reshape(n_in, several * rank)
+    h = project(x, columns)
+    h = h.reshape(*h.shape[:-1], several, rank)
+    own = ids[:, None] == jnp.arange(several, dtype=ids.dtype)  # [rows, several]
+    own = own.reshape(own.shape[0], *(1,) * (h.ndim - 3), several, 1)
+    h = jnp.where(own, h, jnp.zeros_like(h))
+    y = h.reshape(*h.shape[:-2], several * rank) @ b.reshape(several * rank, -1)
+    unknown = (ids >= several).reshape(-1, *(1,) * (y.ndim - 1))
+    return jnp.where(unknown, jnp.full_like(y, jnp.nan), y)
 
 
 def dropout(

@@ -29,20 +29,31 @@ class Drift:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """The drift of every weight of a merge, by path; its str is one line."""
+    """The drift of every weight of a merge, by path; its str is one line.
+
+    Attributes:
+        drift: by path.
+        loss: of the model with its adapters, and of the merged one, if a loss was
+            given.
+    """
 
     drift: dict[str, Drift]
+    loss: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         errors = {path: drift.error for path, drift in self.drift.items()}
         worst = max(errors, key=errors.__getitem__)
         mean = sum(errors.values()) / len(errors)
         adapter = sum(drift.adapter for drift in self.drift.values()) / len(errors)
-        return (
+        text = (
             f"Merged {len(errors)} weights: relative error of rounding {mean:.3g} in "
             f"the mean, at most {errors[worst]:.3g} ({worst}); the adapters are "
             f"{adapter:.3g} of the weights."
         )
+        if self.loss is not None:
+            before, after = self.loss
+            text += f" Loss {before:.4f} -> {after:.4f} ({after - before:+.4f})."
+        return text
 
 
 def merge_lora(
@@ -51,6 +62,7 @@ def merge_lora(
     dtype: Any = None,
     adapter: int | None = None,
     keep_base: bool = False,
+    loss: Callable[[Any], Any] | None = None,
     report: Callable[[MergeReport], Any] | None = print,
 ) -> Any:
     """Returns the model with each adapter added into its weight.
@@ -69,6 +81,8 @@ def merge_lora(
         adapter: which one, if several are stacked.
         keep_base: keep base and adapter beside the merged weight, so that
             `unmerge_lora` gives them back exactly. Costs the memory of both.
+        loss: a function of a model, as its loss on a text that matters to you, for the
+            report: run on the model with its adapter, and on the merged one.
         report: called once with the MergeReport; prints it by default.
 
     Returns:
@@ -87,12 +101,23 @@ def merge_lora(
         weight, sums = by_matrix(_merge, one, depth=depth, dtype=dtype)
         error, size, change = (float(jnp.sum(s)) for s in sums)
         drift[path] = Drift((error / size) ** 0.5, (change / size) ** 0.5)
+        if lt.form is not None and not keep_base and isinstance(weight, jax.Array):
+            weight = lt.form.kernel(weight)
         return dataclasses.replace(lt, merged=weight) if keep_base else weight
 
     result = map_lora(model, merged)
     if report is not None:
-        report(MergeReport(drift))
+        losses = None
+        if loss is not None:
+            losses = (float(loss(_one_model(model, adapter))), float(loss(result)))
+        report(MergeReport(drift, losses))
     return result
+
+
+def _one_model(model: Any, adapter: int | None) -> Any:
+    """The model with the adapter that is merged, without key and ids."""
+    one = lambda path, lt: one_adapter(path, opened(lt), adapter)
+    return map_lora(model, one)
 
 
 def unmerge_lora(model: Any) -> Any:
@@ -118,11 +143,25 @@ def delta(lt: LoraTensor) -> jax.Array:
     return lt.scale * exact_product(lt.a, lt.b)
 
 
-def _merge(lt: LoraTensor, dtype: Any):
-    """The merged weight of one matrix, and the squares that make its drift."""
+def merged_array(lt: LoraTensor) -> jax.Array:
+    """Returns the adapted weight as a float32 array, [*stack, in, out].
+
+    Args:
+        lt: one adapter; arrays or Variables.
+    """
+    lt = opened(lt)
+    if lt.merged is not None:
+        return dense(lt.merged)
     whole = dense(lt.w) + delta(lt)
     if lt.magnitude is not None:
-        whole = whole * (lt.magnitude / jnp.linalg.norm(whole, axis=0))
+        norm = jnp.linalg.norm(whole, axis=-2, keepdims=True)
+        whole = whole * (lt.magnitude[..., None, :] / norm)
+    return whole
+
+
+def _merge(lt: LoraTensor, dtype: Any):
+    """The merged weight of one matrix, and the squares that make its drift."""
+    whole = merged_array(lt)
     if isinstance(lt.w, QuantizedTensor) and dtype is None:
         weight = quantize(
             whole.astype(lt.w.dtype),

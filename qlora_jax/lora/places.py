@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from qlora_jax.lora import nnx as layers
+from qlora_jax.lora.forms import KernelForm
 from qlora_jax.lora.lora import Frozen, LoRAParam, LoraTensor, unwrapped
 from qlora_jax.quant.rules import leaf_path
 
@@ -17,6 +19,9 @@ Targets = str | Sequence[str] | Callable[[str, Any], bool]
 
 TRAINED = ("a", "b", "magnitude")
 BASE = ("w", "square_norm", "merged")
+
+# Metadata of a Variable that says something of each axis.
+_OF_AXES = ("out_sharding", "sharding", "sharding_names", "mesh")
 
 
 def is_module(model: Any) -> bool:
@@ -52,7 +57,8 @@ def replace_weights(model: Any, new: Mapping[str, Any]) -> Any:
 
     Nothing is copied: what is not replaced is shared with the model given, which stays
     as it was. In a module a LoraTensor comes to hold Variables, anything else becomes
-    an nnx.Param, and both keep the metadata of the Variable they replace.
+    an nnx.Param, and both keep the metadata of the Variable they replace; a layer of
+    Flax's own becomes one that takes any weight, or its former self for an array.
     """
     if not is_module(model):
         return jax.tree_util.tree_map_with_path(
@@ -67,7 +73,25 @@ def replace_weights(model: Any, new: Mapping[str, Any]) -> Any:
         if id(old) not in made:
             made[id(old)] = _in_module(new[path], old)
         setattr(module, name, made[id(old)])
+        if layers.is_kernel(module, name):
+            change = layers.adapt if is_weight(new[path]) else layers.restore
+            change(module)
     return model
+
+
+def kernel_forms(model: Any) -> "Callable[[str], KernelForm | None]":
+    """Returns the function from the path of a weight to its form.
+
+    It gives None for a weight of no layer of Flax's own.
+    """
+    if not is_module(model):
+        return lambda path: None
+    holders = {
+        path: module
+        for path, module, name, _ in _attributes(model)
+        if layers.is_kernel(module, name)
+    }
+    return lambda path: layers.layer_form(holders[path]) if path in holders else None
 
 
 def map_lora(model: Any, function: Callable[[str, LoraTensor], Any]) -> Any:
@@ -138,9 +162,13 @@ def listed(paths: Sequence[str], limit: int = 12) -> str:
 
 def _in_module(new: Any, old: Any) -> Any:
     """Wraps a weight for a module, with the metadata of the Variable it replaces."""
+    reshaped = isinstance(new, LoraTensor) and new.form is not None
     if isinstance(old, LoraTensor):
+        reshaped = reshaped or old.form is not None
         old = old.w
     metadata = old.get_metadata() if isinstance(old, nnx.Variable) else {}
+    if reshaped:  # what names axes would name others now
+        metadata = {k: v for k, v in metadata.items() if k not in _OF_AXES}
     if not isinstance(new, LoraTensor):
         return _variable(nnx.Param, new, metadata)
     fields = {}
@@ -167,12 +195,3 @@ def _attributes(model: nnx.Module):
         for name, value in vars(node).items():
             if isinstance(value, nnx.Variable) or is_weight(value):
                 yield "/".join(map(str, (*path, name))), node, name, value
-
-
-def in_flax_layer(model: Any, path: str) -> bool:
-    """Whether the weight at a path belongs to a layer of Flax's own."""
-    layers = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv | nnx.Embed
-    return is_module(model) and any(
-        found == path and isinstance(holder, layers)
-        for found, holder, _, _ in _attributes(model)
-    )

@@ -347,15 +347,6 @@ def test_a_shared_weight_stays_shared():
     assert len(jax.tree.leaves(split_trainable(adapted)[0])) == 2
 
 
-def test_layers_of_flax_are_refused():
-    class Foreign(nnx.Module):
-        def __init__(self):
-            self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
-
-    with pytest.raises(NotImplementedError, match="'linear/kernel' belongs to a layer"):
-        add_lora(Foreign(), rank=2, targets="kernel", key=KEY)
-
-
 # ---------------------------------------------------------------- several adapters
 
 
