@@ -1,18 +1,23 @@
 """Nearest codes of the dynamic 8-bit maps, by arithmetic instead of a search."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, UInt8
 
 from qlora_jax.quant.formats import dynamic_map
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float32, UInt8
+
 
 def nearest_dynamic_code(
-    x: Float32[Array, "*shape"], *, signed: bool, noise: Float32[Array, "*shape"] | None
-) -> UInt8[Array, "*shape"]:
+    x: "Float32[Array, '*shape']",
+    *,
+    signed: bool,
+    noise: "Float32[Array, '*shape'] | None",
+) -> "UInt8[Array, '*shape']":
     """Rounds numbers to codes of a dynamic map.
 
     In decade e = 0 ... 6 the positive numbers of the map are 10**(e - 6) times the
@@ -59,8 +64,8 @@ def nearest_dynamic_code(
 
 
 def keep_sign(
-    codes: UInt8[Array, "*shape"], x: Float32[Array, "*shape"]
-) -> UInt8[Array, "*shape"]:
+    codes: "UInt8[Array, '*shape']", x: "Float32[Array, '*shape']"
+) -> "UInt8[Array, '*shape']":
     """Moves codes of the signed map off zero and beyond, to the side of `x`.
 
     bitsandbytes compares sign bits: a small negative number that rounds to zero becomes

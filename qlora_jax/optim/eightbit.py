@@ -1,15 +1,17 @@
 """Adam and Lion with moments in 8 bits, block by block, as bitsandbytes keeps them."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, PyTree, UInt8
 
 from qlora_jax.optim.dynamic_codes import keep_sign, nearest_dynamic_code
 from qlora_jax.quant.blockwise import dequantize_blockwise
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float32, UInt8
 
 _SMALLEST_ABSMAX = 1e-38  # what is smaller is flushed to zero on some backends
 
@@ -22,11 +24,11 @@ class Moment8bit:
     The blocks run over the flattened parameter, the last one possibly short.
     """
 
-    codes: UInt8[Array, "*shape"]
-    absmax: Float32[Array, "blocks"]
+    codes: "UInt8[Array, '*shape']"
+    absmax: "Float32[Array, 'blocks']"
 
 
-Moment = Moment8bit | Float32[Array, "*shape"]
+Moment = Moment8bit | jax.Array  # float32 in the shape of the parameter, if an array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class MomentFormat:
             absmax=jnp.zeros([-(-param.size // self.block_size)], jnp.float32),
         )
 
-    def encode(self, x: Float32[Array, "*shape"], key: jax.Array | None) -> Moment:
+    def encode(self, x: "Float32[Array, '*shape']", key: jax.Array | None) -> Moment:
         """Rounds to the nearest codes, or with a key stochastically."""
         if x.size < self.min_8bit_size:
             return x
@@ -69,7 +71,7 @@ class MomentFormat:
             codes = keep_sign(codes, unit)
         return Moment8bit(codes.reshape(-1)[: x.size].reshape(x.shape), absmax)
 
-    def decode(self, moment: Moment) -> Float32[Array, "*shape"]:
+    def decode(self, moment: Moment) -> "Float32[Array, '*shape']":
         """Undoes `encode`."""
         if not isinstance(moment, Moment8bit):
             return moment
@@ -85,15 +87,15 @@ class ScaleByAdam8bitState(NamedTuple):
     """State of `scale_by_adam8bit`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
-    mu: PyTree  # Moment of each parameter
-    nu: PyTree  # Moment of each parameter
+    mu: Any  # Moment of each parameter
+    nu: Any  # Moment of each parameter
 
 
 class ScaleByLion8bitState(NamedTuple):
     """State of `scale_by_lion8bit`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
-    mu: PyTree  # Moment of each parameter
+    mu: Any  # Moment of each parameter
 
 
 def scale_by_adam8bit(
@@ -360,14 +362,14 @@ def _finite(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(finite, g, 0.0), finite
 
 
-def _keys(tree: PyTree, seed: int, count: Any, moments: int) -> list:
+def _keys(tree: Any, seed: int, count: Any, moments: int) -> list:
     """Keys for each leaf and moment, other ones each step and none in the state."""
     leaves = len(jax.tree.leaves(tree))
     key = jax.random.fold_in(jax.random.key(seed), count)
     return list(jax.random.split(key, (leaves, moments)))
 
 
-def _map(fn, results: int, updates: PyTree, *moments: Any) -> list[PyTree]:
+def _map(fn, results: int, updates: Any, *moments: Any) -> list[Any]:
     """Maps a step over leaves; its first result gets the type of the gradient."""
     *trees, keys = moments
     leaves, treedef = jax.tree.flatten(updates)

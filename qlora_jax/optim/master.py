@@ -1,18 +1,17 @@
 """Float32 master weights in the optimizer's state, low-precision parameters outside."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
 
 class MasterState(NamedTuple):
     """State of `with_master`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
-    master: PyTree  # float32 copies; None where the parameter is its own master
+    master: Any  # float32 copies; None where the parameter is its own master
     inner: optax.OptState
 
 
@@ -110,7 +109,7 @@ def _is_low(p: jax.Array) -> bool:
     return jnp.issubdtype(p.dtype, jnp.floating) and p.dtype.itemsize < 4
 
 
-def _resolve(master: PyTree, params: PyTree) -> PyTree:
+def _resolve(master: Any, params: Any) -> Any:
     """The masters, and the parameters where there is none."""
     leaves, treedef = jax.tree.flatten(params)
     masters = treedef.flatten_up_to(master)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jaxtyping import PyTree
 
 HOST_KIND = "pinned_host"
 
@@ -27,7 +26,7 @@ def to_device(x: Any) -> jax.Array:
     return jax.device_put(x, jax.memory.Space.Device) if on_host(x) else x
 
 
-def has_host_memory(tree: PyTree) -> bool:
+def has_host_memory(tree: Any) -> bool:
     """Whether the devices of the tree's arrays can address pinned host memory.
 
     A tree without concrete arrays (under jit) asks the default backend. Warns, once a

@@ -1,10 +1,11 @@
 """Optimizer state in host memory, on the device one page at a time."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jaxtyping import PyTree
 
 from qlora_jax.optim.memory import has_host_memory, to_device, to_host
 from qlora_jax.optim.pages import evaluate_by_page
@@ -103,7 +104,7 @@ def paged(
         raise ValueError(f"{min_size=} numbers must not be negative.")
     inner = optax.with_extra_args_support(inner)
 
-    def plan(params: PyTree) -> tuple[PyTree, PyTree, list[bool]]:
+    def plan(params: Any) -> tuple[Any, Any, list[bool]]:
         """Rows in a slice of each parameter, the state's shapes, its paged leaves."""
         shapes = jax.eval_shape(inner.init, params)
         rows = None
@@ -116,7 +117,7 @@ def paged(
             hosted = [False] * len(hosted)
         return rows, shapes, hosted
 
-    def cut(tree: PyTree, rows: PyTree) -> PyTree:
+    def cut(tree: Any, rows: Any) -> Any:
         return slice_tree(tree, rows) if slice_leaves else tree
 
     def init_fn(params):
@@ -211,7 +212,7 @@ def _nbytes(x: jax.ShapeDtypeStruct) -> int:
     return x.size * x.dtype.itemsize
 
 
-def _check_rows(shapes: PyTree, hosted: list[bool], page_size: int) -> None:
+def _check_rows(shapes: Any, hosted: list[bool], page_size: int) -> None:
     for (path, x), host in zip(jax.tree.leaves_with_path(shapes), hosted, strict=True):
         if host and (row := -(-_nbytes(x) // x.shape[0])) > page_size:
             raise ValueError(
@@ -221,7 +222,7 @@ def _check_rows(shapes: PyTree, hosted: list[bool], page_size: int) -> None:
             )
 
 
-def _check_state(state: PyTree, shapes: PyTree, grown: list[bool]) -> None:
+def _check_state(state: Any, shapes: Any, grown: list[bool]) -> None:
     """Raises unless the state is one that this optimizer makes for its parameters."""
     if (found := jax.tree.structure(state)) != (wanted := jax.tree.structure(shapes)):
         raise ValueError(
@@ -241,7 +242,7 @@ def _check_state(state: PyTree, shapes: PyTree, grown: list[bool]) -> None:
             )
 
 
-def _on_one_device(tree: PyTree) -> bool:
+def _on_one_device(tree: Any) -> bool:
     """Whether every leaf is concrete and on a single device."""
     return not any(
         isinstance(x, Tracer)

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
-from jaxtyping import PyTree
 
 # What computes each number of its result from the numbers at the same place.
 _ELEMENTWISE = frozenset(
@@ -19,9 +18,7 @@ _ELEMENTWISE = frozenset(
 )
 
 
-def rows_of_slices(
-    params: PyTree, state: PyTree, page_size: int, min_size: int
-) -> PyTree:
+def rows_of_slices(params: Any, state: Any, page_size: int, min_size: int) -> Any:
     """Returns how many rows a slice of each parameter has, 0 for one left whole.
 
     Args:
@@ -57,7 +54,7 @@ def rows_of_slices(
     return jax.tree.map(rows, params)
 
 
-def slice_tree(tree: PyTree, rows: PyTree) -> PyTree:
+def slice_tree(tree: Any, rows: Any) -> Any:
     """Replaces each leaf by a tuple of slices with `rows` rows, unless that is 0."""
 
     def cut(x, step: int):
@@ -68,7 +65,7 @@ def slice_tree(tree: PyTree, rows: PyTree) -> PyTree:
     return jax.tree.map(cut, tree, rows)
 
 
-def join_slices(sliced: PyTree, like: PyTree) -> PyTree:
+def join_slices(sliced: Any, like: Any) -> Any:
     """Undoes `slice_tree`; `like` is a tree with the leaves whole."""
 
     def join(_, part: Any):
@@ -77,7 +74,7 @@ def join_slices(sliced: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(join, like, sliced)
 
 
-def check_elementwise(update: Callable, args: tuple, rows: PyTree) -> None:
+def check_elementwise(update: Callable, args: tuple, rows: Any) -> None:
     """Raises unless an update treats every number of a cut parameter alike.
 
     A sum over all slices of a parameter (a global norm) is the sum over the parameter,
@@ -109,7 +106,7 @@ def check_elementwise(update: Callable, args: tuple, rows: PyTree) -> None:
             )
 
 
-def _groups(tree: PyTree, rows: PyTree, start: int) -> list[int]:
+def _groups(tree: Any, rows: Any, start: int) -> list[int]:
     """For each cut leaf the set of its slices, counted from `start`, as bits."""
     treedef = jax.tree.structure(tree)
     numbers = treedef.unflatten(range(start, start + treedef.num_leaves))
