@@ -27,7 +27,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import emit
+from pallas_kernels import emit, tuning
 from pallas_kernels.decode import decode_word
 from pallas_kernels.packed import PackedSpec, PackedWeight
 
@@ -365,6 +365,11 @@ class Body:
 
 def _run(x, packed: PackedWeight, spec: PackedSpec, transposed: bool) -> jax.Array:
     """Checks what this kernel can do, and runs it."""
+    capability = tuning.compute_capability()
+    if capability is not None and capability < 8:
+        raise NotImplementedError(f"{capability=}: cp.async came with 8.0.")
+    if not x.size:
+        raise NotImplementedError(f"{x.shape=} has no rows.")
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"dtype={x.dtype} must be bfloat16 or float16.")
     if spec.bits != 4:

@@ -31,20 +31,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import tuning
 from pallas_kernels.decode import pair_table
-from pallas_kernels.matvec_body import (
-    BLOCK,
-    CHUNK,
-    TABLE_BYTES,
-    Body,
-    Plan,
-    Tile,
-)
+from pallas_kernels.matvec_body import Body
+from pallas_kernels.matvec_plan import BLOCK, CHUNK, TABLE_BYTES, Plan, Tile
 from pallas_kernels.packed import PackedSpec, PackedWeight
 
 MAX_M = 32
 _SMEM_BYTES = 226 * 1024
-_NUM_SMS = 132
+_H200_SMS = 132  # assumed where a kernel is lowered without a GPU
 
 
 def lookup_table(spec: PackedSpec, dtype) -> np.ndarray:
@@ -65,13 +60,19 @@ def lookup_table(spec: PackedSpec, dtype) -> np.ndarray:
     return np.concatenate([pairs, nested.view(np.uint32)])
 
 
+def num_sms() -> int:
+    """Multiprocessors of the default device."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else _H200_SMS
+
+
 def candidate_tiles(m: int, n: int, k: int) -> list[Tile]:
     """Tiles for a shape, the likely fastest first; not all of them fit.
 
     A tile covers all rows of a block of threads where it can. More rows of x want more
     rows of W in a warp, since these share what is read of x.
     """
-    groups = -(-n // (16 * _NUM_SMS))  # of 16 rows, of a block of threads
+    groups = -(-n // (16 * num_sms()))  # of 16 rows, of a block of threads
     chunks = -(-k // CHUNK)
     found = []
     for phases in (1, 2, 4, 8, 16, 32):
@@ -99,6 +100,9 @@ def make_plan(
 ) -> Plan:
     """Checks what this kernel can do, and chooses how."""
     n, k = spec.n, spec.k
+    capability = tuning.compute_capability()
+    if capability is not None and capability < 9:
+        raise NotImplementedError(f"{capability=}: the TMA unit came with 9.0.")
     if dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"{dtype=} of x must be bfloat16 or float16.")
     if spec.bits != 4:
@@ -116,7 +120,7 @@ def make_plan(
         raise NotImplementedError(
             f"nested_block_size={nested} must be a power of two from 4 on."
         )
-    grid = min(_NUM_SMS, -(-n // 16))
+    grid = min(num_sms(), -(-n // 16))
     name = jnp.dtype(dtype).name
     for candidate in [tile] if tile else candidate_tiles(m, n, k):
         plan = Plan(m, n, k, candidate, grid, name, spec.block_size, nested)
@@ -143,8 +147,9 @@ def matmul(
         [..., n], in x's type.
 
     Raises:
-        NotImplementedError: if this kernel cannot: other types, more rows, k not a
-            multiple of 64, block sizes that are not powers of two from 64 on.
+        NotImplementedError: if this kernel cannot: GPUs before Hopper, other types,
+            more rows, k not a multiple of 64, block sizes that are not powers of two
+            from 64 on.
     """
     rows = x.reshape(-1, x.shape[-1])
     plan = make_plan(rows.shape[0], x.dtype, packed, spec, tile)

@@ -23,7 +23,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import emit, reference
+from pallas_kernels import emit, reference, tuning
 from pallas_kernels.packed import PackedSpec, PackedWeight
 
 _THREADS = 256
@@ -72,6 +72,9 @@ def _interval_table(codebook: tuple[float, ...]) -> np.ndarray:
 
 def _check(spec: PackedSpec, dtype) -> None:
     """Refuses what neither kernel can do."""
+    capability = tuning.compute_capability()
+    if capability is not None and capability < 8:
+        raise NotImplementedError(f"{capability=}: bfloat16 came with 8.0.")
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"{dtype=} must be bfloat16, float16 or float32.")
     if spec.bits != 4:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import matvec, matvec_body
-from pallas_kernels.matvec_body import Tile
+from pallas_kernels.matvec_plan import TABLE_BYTES, Tile
 from pallas_kernels.packed import PackedSpec, PackedWeight
 from tests.pallas_kernels.emulator import Emulator
 from tests.tolerances import MATMUL_RELATIVE
@@ -69,7 +69,7 @@ def emulate(monkeypatch, x, packed, spec, tile=None, grid=None, lazy=False):
             plan.tile.threads,
             block,
             {
-                "table_smem": matvec_body.TABLE_BYTES,
+                "table_smem": TABLE_BYTES,
                 "ring": plan.ring_bytes,
                 "smem": plan.smem_offsets["end"],
                 **operands,
