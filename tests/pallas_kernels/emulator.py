@@ -2,10 +2,10 @@
 
 An `Emulator` has the functions of `emit`; put in its place, it makes a kernel's body
 compute instead of emitting code. A block's threads run in lockstep, every value an
-array over threads, and PTX text is interpreted. Each access must lie in its buffer, each
-barrier be met by all threads. Asynchronous copies are done either at once, which finds
-buffers refilled too early, or, `lazy`, only when they are waited for, which finds waits
-that are missing.
+array over threads, and PTX text is interpreted. Each access must lie in its buffer,
+each barrier be met by all threads. Asynchronous copies are done either at once, which
+finds buffers refilled too early, or, `lazy`, only when they are waited for, which finds
+waits that are missing.
 """
 
 import contextlib
