@@ -83,6 +83,7 @@ def sharded_product(
         op: which product.
         spec: what the arrays mean, without nested scales.
     """
+
     # jit keeps the constants of the kernel inside; custom_partitioning takes none.
     @jax.jit
     def whole(x, codes, absmax):

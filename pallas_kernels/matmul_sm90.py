@@ -35,12 +35,11 @@ Here are the ops and their configuration; `matmul_sm90_body` has the kernel and
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from pallas_kernels import decode, tuning
 from pallas_kernels.matmul_sm90_body import (
@@ -59,6 +58,9 @@ from pallas_kernels.matmul_sm90_lanes import (
     TABLE_BYTES,
 )
 from pallas_kernels.packed import PackedSpec, PackedWeight
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 # Shared memory of a block on Hopper, less what barriers and the compiler take.
 _SHARED_BYTES = 225 * 1024
@@ -119,12 +121,12 @@ class Config:
 
 
 def matmul(
-    x: Float[Array, "m k"],
+    x: "Float[Array, 'm k']",
     packed: PackedWeight,
     spec: PackedSpec,
     *,
     config: Config | None = None,
-) -> Float[Array, "m n"]:
+) -> "Float[Array, 'm n']":
     """Multiplies by a quantized weight: y = x @ Wᵀ, W the dequantized [n, k].
 
     Accumulates in float32; a weight is code times scale, both and their product rounded
@@ -147,12 +149,12 @@ def matmul(
 
 
 def matmul_dx(
-    dy: Float[Array, "m n"],
+    dy: "Float[Array, 'm n']",
     packed: PackedWeight,
     spec: PackedSpec,
     *,
     config: Config | None = None,
-) -> Float[Array, "m k"]:
+) -> "Float[Array, 'm k']":
     """The gradient of `matmul` with respect to x: dx = dy @ W.
 
     Args:

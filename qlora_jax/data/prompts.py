@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -133,6 +133,7 @@ def _parsed(text: str, where: str) -> Any:
         ) from None
 
 
+@runtime_checkable
 class ChatTokenizer(Protocol):
     """What encoding asks of a tokenizer."""
 

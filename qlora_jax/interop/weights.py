@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class ModelFileError(ValueError):
     """A model file that is missing, truncated, or not what it says it is."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """A checkpoint: Hugging Face names and shapes, read one tensor at a time."""
 
