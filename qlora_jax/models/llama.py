@@ -184,6 +184,39 @@ def _rematerialise(body: Callable, remat: Remat) -> Callable:
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
+def _stack_of(layers: nnx.Module) -> tuple[nnx.GraphDef, Any, Callable]:
+    """Splits stacked layers into what a scan slices and what it only indexes.
+
+    A weight that has views of a layer (`at_layer`) is not sliced: the kernel that
+    multiplies by it indexes the stack, which saves a copy of the layer in front of it.
+
+    Returns:
+        The graph, the tree to scan over, and the function from a slice of that tree to
+        the state of one layer.
+    """
+    graph, stacked = nnx.split(layers)
+
+    def is_variable(node):
+        return isinstance(node, nnx.Variable)
+
+    def is_indexed(variable):
+        return is_variable(variable) and hasattr(variable.get_value(), "at_layer")
+
+    variables, treedef = jax.tree.flatten(stacked, is_leaf=is_variable)
+    indexed = [v if is_indexed(v) else None for v in variables]
+    sliced = [None if is_indexed(v) else v for v in variables]
+    count = jax.tree.leaves(sliced)[0].shape[0]
+
+    def at_layer(index, slices):
+        layer = [
+            part if whole is None else whole.replace(whole.get_value().at_layer(index))
+            for part, whole in zip(slices, indexed, strict=True)
+        ]
+        return treedef.unflatten(layer)
+
+    return graph, (jnp.arange(count, dtype=jnp.int32), sliced), at_layer
+
+
 class Layer(nnx.Module):
     """The decoder layers: every parameter has a leading axis of `num_layers`.
 
@@ -321,14 +354,14 @@ class Llama(nnx.Module):
         def attend(q, k, v):
             return attention(q, k, v, mask=mask, window=window)
 
-        graph, stacked = nnx.split(self.layers)
+        graph, sliced, at_layer = _stack_of(self.layers)
 
         def body(x, layer):
             x = checkpoint_name(x, "layer_input")
-            return nnx.merge(graph, layer)(x, rotation, attend), None
+            return nnx.merge(graph, at_layer(*layer))(x, rotation, attend), None
 
         x = self.embed[...][tokens]
-        x, _ = lax.scan(_rematerialise(body, remat), x, stacked)
+        x, _ = lax.scan(_rematerialise(body, remat), x, sliced)
         return rms_norm(x, self.norm, self.config.norm_eps)
 
     def head(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b v']":
@@ -373,7 +406,7 @@ class Llama(nnx.Module):
             mask &= seen > query - self.config.sliding_window
         rotation = self._rotation(positions)
         rows = jnp.arange(batch)[:, None]
-        graph, stacked = nnx.split(self.layers)
+        graph, sliced, at_layer = _stack_of(self.layers)
 
         def body(x, layer_and_cache):
             layer, keys, values = layer_and_cache
@@ -386,11 +419,11 @@ class Llama(nnx.Module):
                     q, kept["keys"], kept["values"], mask=mask
                 )
 
-            x = nnx.merge(graph, layer)(x, rotation, attend)
+            x = nnx.merge(graph, at_layer(*layer))(x, rotation, attend)
             return x, (kept["keys"], kept["values"])
 
         x = self.embed[...][tokens]
-        x, (keys, values) = lax.scan(body, x, (stacked, cache.keys, cache.values))
+        x, (keys, values) = lax.scan(body, x, (sliced, cache.keys, cache.values))
         x = rms_norm(x, self.norm, self.config.norm_eps)
         return x, Cache(keys, values, cache.lengths + count)
 

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from qlora_jax.interop.hub import load_model
+from qlora_jax.lora import add_lora, join_trainable, split_trainable
 from qlora_jax.models import Llama, LlamaConfig, config_from_hf
 from qlora_jax.models.llama import float32_logits
 from qlora_jax.quant import QuantizedTensor
@@ -155,6 +157,40 @@ def test_a_quantized_model_needs_no_other_code(tmp_path):
     exact = dense(jnp.array(TOKENS))
     error = jnp.linalg.norm(model(jnp.array(TOKENS)) - exact) / jnp.linalg.norm(exact)
     assert 0.01 < error < 0.3  # of random weights; 9 % error in each
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_scanned_layers_index_packed_weights(tmp_path, remat):
+    """No layer's codes are sliced for a scan, nor kept by it for the gradient."""
+    write_folder(tmp_path)
+    model = load_model(tmp_path, quantize="nf4", dtype=jnp.float32)
+    model = add_lora(model, rank=4, key=jax.random.key(0))
+    trainable, frozen = split_trainable(model)
+
+    def loss(trainable):
+        model = join_trainable(trainable, frozen)
+        return jnp.sum(model.hidden(jnp.array(TOKENS), remat=remat))
+
+    def scans(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "scan":
+                yield eqn
+            for inner in jaxprs_in_params(eqn.params):
+                yield from scans(inner)
+
+    loops = list(scans(jax.make_jaxpr(jax.grad(loss))(trainable).jaxpr))
+    over_layers = [e for e in loops if e.params["length"] == 3]
+    assert len(over_layers) >= 2  # forward and backward
+    whole = 0
+    for eqn in over_layers:
+        body = eqn.params["jaxpr"].jaxpr
+        outside = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+        inside = [v.aval for v in (*body.invars, *body.outvars)]
+        for out, one in zip(outside, inside, strict=True):
+            if out.dtype == jnp.uint8:
+                assert out.shape == one.shape  # else it is sliced, or kept by layer
+                whole += 1
+    assert whole >= 2 * 7 * 2  # codes and scales of seven weights, in both loops
 
 
 def test_wrong_calls(model):
