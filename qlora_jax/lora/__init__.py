@@ -1,9 +1,16 @@
 """Low-rank adapters over frozen weights: added, trained, chosen, merged."""
 
+from qlora_jax.lora import functions as functions
+from qlora_jax.lora import linen as linen
+from qlora_jax.lora import nnx as nnx
 from qlora_jax.lora.adapters import add_lora as add_lora
 from qlora_jax.lora.adapters import join_trainable as join_trainable
 from qlora_jax.lora.adapters import split_trainable as split_trainable
 from qlora_jax.lora.adapters import stack_adapters as stack_adapters
+from qlora_jax.lora.bank import AdapterBank as AdapterBank
+from qlora_jax.lora.bank import combine_adapters as combine_adapters
+from qlora_jax.lora.bank import with_rank as with_rank
+from qlora_jax.lora.forms import KernelForm as KernelForm
 from qlora_jax.lora.initial import loftq as loftq
 from qlora_jax.lora.initial import pissa as pissa
 from qlora_jax.lora.lora import Frozen as Frozen

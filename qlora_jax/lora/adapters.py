@@ -221,7 +221,9 @@ def join_trainable(
         ValueError: if the parts are not of one model, or an id is out of range.
     """
     if isinstance(frozen, tuple) and frozen and isinstance(frozen[0], nnx.GraphDef):
-        model = nnx.merge(frozen[0], trainable, frozen[1])
+        # Variables of this trace, not the ones in the arguments, or transforms of NNX
+        # inside of a model would refuse them under grad. No array is copied.
+        model = nnx.merge(frozen[0], trainable, frozen[1], copy=True)
     else:
         model = _join_tree(trainable, frozen)
     if key is None and adapter_ids is None:

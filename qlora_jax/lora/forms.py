@@ -69,7 +69,9 @@ class KernelForm:
         """Returns the kernel as matrices; itself, if it is one already."""
         depth = kernel.ndim - len(self.shape)
         order = (*range(depth), *(depth + axis for axis in self._order))
-        moved = kernel if order == tuple(range(kernel.ndim)) else kernel.transpose(order)
+        moved = (
+            kernel if order == tuple(range(kernel.ndim)) else kernel.transpose(order)
+        )
         shape = (*kernel.shape[:depth], *self.matrix_shape)
         return moved if moved.shape == shape else moved.reshape(shape)
 

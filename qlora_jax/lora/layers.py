@@ -23,7 +23,11 @@ Convolve = Callable[[Any, Any], Any]
 
 
 def dot_product(
-    dot_general: Callable[..., Any], *, precision: Any, dtype: Any, preferred: Any = None
+    dot_general: Callable[..., Any],
+    *,
+    precision: Any,
+    dtype: Any,
+    preferred: Any = None,
 ) -> Product:
     """Returns the product of a layer with a matrix, made with the layer's own options.
 

@@ -163,9 +163,7 @@ _CLASSES = {
 def is_kernel(layer: Any, name: str) -> bool:
     """Whether `name` is the kernel, or the table, of one of Flax's layers."""
     kind = _kind(layer)
-    return kind is not None and name == (
-        "embedding" if kind is nnx.Embed else "kernel"
-    )
+    return kind is not None and name == ("embedding" if kind is nnx.Embed else "kernel")
 
 
 def layer_form(layer: Any) -> KernelForm:

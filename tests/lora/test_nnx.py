@@ -92,10 +92,14 @@ def test_every_layer_computes_what_its_merged_kernel_does(zoo, quantize):
             assert relative(got, want) < LOGITS_RELATIVE["float32"]
     else:
         again = merge_lora(model, report=None)
-        assert isinstance(again.heads.kernel.get_value(), QuantizedTensor)
-        # Decoding and quantizing again moves each weight by a part of its error.
-        got, want = call(again, TOKENS)[0], wanted[0]
-        assert relative(got, want) < 0.4
+        assert isinstance(again.half, adapted_layers.Linear)
+        kernel = again.half.kernel.get_value()
+        assert isinstance(kernel, QuantizedTensor)
+        assert relative(dequantize(kernel), merged.half.kernel[...]) < 0.1
+        x = jax.random.normal(KEY, (3, 64))
+        exact = x.astype(jnp.bfloat16) @ dequantize(kernel, jnp.bfloat16)
+        exact = exact + again.half.bias[...]
+        assert relative(again.half(x), exact) < LOGITS_RELATIVE["bfloat16"] / 5
 
 
 def test_a_zero_adapter_changes_no_bit(zoo):
@@ -141,11 +145,12 @@ class Stacked(nnx.Module):
     """Layers made by vmap, run by scan, with a shared one."""
 
     def __init__(self, layers=3):
+        @nnx.split_rngs(splits=layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def make(rngs):
             return Inner(rngs)
 
-        self.layers = make(nnx.Rngs(0).fork(split=layers))
+        self.layers = make(nnx.Rngs(0))
         self.head = nnx.Linear(32, 8, rngs=nnx.Rngs(1))
         self.tied = self.head
 
@@ -154,7 +159,8 @@ class Stacked(nnx.Module):
         def body(x, layer):
             return layer(x)
 
-        return self.tied(nnx.tanh(self.head(body(x, self.layers)) @ jnp.ones((8, 32))))
+        x = body(x, self.layers)
+        return self.tied(x + nnx.tanh(self.head(x)) @ jnp.eye(8, 32))
 
 
 class Inner(nnx.Module):
@@ -208,7 +214,7 @@ def test_stacks_of_layers_and_shared_ones_train(stacked):
 
 def test_nnx_grad_optimizer_and_state(stacked):
     model = nnx.clone(stacked)
-    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=LoRAParam)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=LoRAParam)
     x = jnp.ones((1, 2, 32))
 
     @nnx.jit
