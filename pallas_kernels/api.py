@@ -36,7 +36,8 @@ def quantized_matmul(
         spec: what its arrays mean.
         implementation: None chooses by device and shape. "xla" is the plain form, right
             on every backend and under every sharding; "sm90" the Hopper kernel; "sm80"
-            the Ampere one; "matvec" the one for few rows of x.
+            the Ampere one; "matvec" the one for few rows of x; "two_pass" a kernel
+            that decodes the weight, then the library's product.
 
     Returns:
         `[..., n]` in x's type.
@@ -99,11 +100,22 @@ def dequantize(
 def quantize(w: "Float[Array, 'n k']", spec: PackedSpec) -> PackedWeight:
     """Quantizes an [n, k] weight; see `reference.quantize` for the definition.
 
+    On a GPU a kernel does it in one pass where it can: it divides as the definition
+    does, while XLA's division may be off by a unit in the last place, which moves a
+    code where a number lies between two.
+
     Raises:
         ValueError: if `w` is not `[spec.n, spec.k]`.
     """
     if w.shape != (spec.n, spec.k):
         raise ValueError(f"{w.shape=} must be ({spec.n=}, {spec.k=}).")
+    if tuning.has_hopper() and jax.device_count() == 1:
+        from pallas_kernels import quantize_kernel  # the GPU part of Pallas
+
+        try:
+            return quantize_kernel.quantize(w, spec)
+        except NotImplementedError:
+            pass
     return reference.quantize(w, spec)
 
 
@@ -117,7 +129,7 @@ def _matmul_fwd(x, packed, spec, implementation):
 
 
 def _matmul_bwd(spec, implementation, packed, dy):
-    # A kernel for few rows has no backward of its own: only the forward was named.
+    # A kernel for few rows has no backward of its own; it was named for the forward.
     named = None if implementation == "matvec" else implementation
     return _dispatch("matmul_dx", dy, packed, spec, named), None
 

@@ -231,16 +231,17 @@ def mean(x: jax.Array) -> jax.Array:
 def matmul(x: jax.Array, packed: PackedWeight, spec: PackedSpec) -> jax.Array:
     """Returns `x @ W` for x `[..., k]`, accumulated in float32, in x's type."""
     weight = dequantize(packed, spec, x.dtype)
-    return _dot(x, weight, contract=1)
+    return dot(x, weight, contract=1)
 
 
 def matmul_dx(dy: jax.Array, packed: PackedWeight, spec: PackedSpec) -> jax.Array:
     """Returns `dy @ Wᵀ` for dy `[..., n]`, accumulated in float32, in dy's type."""
     weight = dequantize(packed, spec, dy.dtype)
-    return _dot(dy, weight, contract=0)
+    return dot(dy, weight, contract=0)
 
 
-def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
+def dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
+    """Contracts x's last axis with an axis of a [n, k] weight, in float32."""
     dimensions = (((x.ndim - 1,), (contract,)), ((), ()))
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     product = lax.dot_general(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.implementations import Implementation
+from pallas_kernels.implementations import Implementation, Op
 from pallas_kernels.packed import PackedSpec, PackedWeight
 
 
@@ -17,8 +17,20 @@ def compute_capability() -> float | None:
         return None
 
 
+def has_hopper() -> bool:
+    """Whether the default device is of compute capability 9.x."""
+    capability = compute_capability()
+    return capability is not None and 9 <= capability < 10
+
+
+# Rows of x up to which the kernel for few rows is the fastest, and from which the
+# product of a decoded weight is. docs/kernels.md has the measurements.
+_FEW_ROWS = 16
+_MANY_ROWS = 4096
+
+
 def preference(
-    op: str, m: int, dtype, packed: PackedWeight, spec: PackedSpec
+    op: Op, m: int, dtype, packed: PackedWeight, spec: PackedSpec
 ) -> tuple[Implementation, ...]:
     """Returns implementations of `op` in the order to try; the last can always.
 
@@ -29,7 +41,11 @@ def preference(
         packed: the weight.
         spec: what its arrays mean.
     """
-    capability = compute_capability()
-    if capability is None or spec.bits != 4 or dtype == jnp.float32:
+    del packed
+    if not has_hopper() or spec.bits != 4 or dtype == jnp.float32:
         return ("xla",)
+    if op == "matmul" and m <= _FEW_ROWS:
+        return ("matvec", "sm90", "xla")
+    if m < _MANY_ROWS:
+        return ("sm90", "xla")
     return ("xla",)

@@ -39,7 +39,9 @@ def both(op, x, w, implementation):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
 @pytest.mark.parametrize("op", ["matmul", "matmul_dx"])
-@pytest.mark.parametrize("implementation", [None, "xla", "sm90", "sm80", "matvec"])
+@pytest.mark.parametrize(
+    "implementation", [None, "xla", "two_pass", "sm90", "sm80", "matvec"]
+)
 def test_product(implementation, op, format, dtype):
     ran = 0
     for m, k, n in SHAPES:
