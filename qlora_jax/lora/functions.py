@@ -159,7 +159,7 @@ def _bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def _dot_general(equation: Any, operands: Sequence[Any]) -> list[Any] | None:
-    """x · w where exactly the weight's `in` axes are summed over."""
+    """X · w where exactly the weight's `in` axes are summed over."""
     left, right = operands
     (left_axes, right_axes), (left_batch, right_batch) = equation.params[
         "dimension_numbers"

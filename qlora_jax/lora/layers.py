@@ -100,7 +100,7 @@ def einsum(
     form: KernelForm,
     product: Product,
 ) -> "tuple[Float[Array, '...'], tuple[int, ...]]":
-    """Returns `jnp.einsum(equation, x, kernel)` and the shape its bias broadcasts to."""
+    """Returns the einsum of x with the kernel, and the shape of a bias beside it."""
     gap = x.ndim - len(equation.inputs.replace(".", ""))
     # Each axis of an ellipsis gets a digit for its letter.
     ellipsis = "".join(map(str, range(gap)))
@@ -156,7 +156,7 @@ def convolution(
 
 
 def lookup(ids: "Int[Array, '*b']", weight: Any, dtype: Any) -> "Float[Array, '*b d']":
-    """Returns the rows `ids` of an embedding held as a weight [d, num].
+    """Returns rows of an embedding that is held as a weight [d, num].
 
         y = w[:, ids].T + (a @ b[:, ids]).T * scale
 
@@ -184,7 +184,7 @@ def lookup(ids: "Int[Array, '*b']", weight: Any, dtype: Any) -> "Float[Array, '*
     of_row = weight.ids
     if of_row is None:
         return y + _columns(b, ids) @ a.T * weight.scale
-    # Of each row of the batch: its adapter's columns, [*b, rank], times its adapter's a.
+    # Of each row of the batch: its adapter's columns, [*b, rank], times that one's a.
     of_row = of_row.reshape(*of_row.shape, *(1,) * (ids.ndim - of_row.ndim))
     at = jnp.maximum(of_row, 0)
     h = b.at[at, :, ids].get(mode="fill", fill_value=jnp.nan)

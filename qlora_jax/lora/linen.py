@@ -118,7 +118,7 @@ def _form(layer: Any, shape: Any, einsum_str: str | None = None) -> KernelForm:
                 [shape[a] for a in axis], features, [shape[a] for a in batch]
             )
         case nn.Einsum():
-            return Equation.parse(einsum_str or layer.einsum_str).form(layer.shape)
+            return Equation.parse(einsum_str or str(layer.einsum_str)).form(layer.shape)
         case nn.Embed():
             return embed_form(layer.num_embeddings, layer.features)
     if layer.feature_group_count != 1 or layer.mask is not None:
@@ -174,21 +174,23 @@ def _call(
     has_bias = not isinstance(layer, nn.Embed) and layer.use_bias
     bias = _unboxed(layer.get_variable("params", "bias")) if has_bias else None
     stand_in = jnp.zeros((1, 1), weight.dtype)
-    promoted = layer.promote_dtype(inputs, stand_in, bias, dtype=layer.dtype)
+    promoted: Any = layer.promote_dtype(inputs, stand_in, bias, dtype=layer.dtype)
     x, dtype, bias = promoted[0], promoted[1].dtype, promoted[2]
-    form = _form(layer, x.shape, einsum_str) if method == "__call__" else None
-    if form is not None and tuple(weight.shape) != form.matrix_shape:
+    product = _product(layer, dtype)
+    if method == "attend":
+        return layers.multiply(weight, x, product)
+    form = _form(layer, x.shape, einsum_str)
+    if tuple(weight.shape) != form.matrix_shape:
         raise ValueError(
             f"{'/'.join(layer.path)!r} multiplies by a kernel {list(form.shape)}, and "
             f"holds {weight!r}: give add_lora(..., forms=lora.linen.forms(...))."
         )
-    product = _product(layer, dtype)
     match layer:
         case nn.Conv():
             y = layers.convolution(x, weight, form, _convolve(layer, dtype))
             return y if bias is None else y + bias
         case nn.Einsum():
-            equation = Equation.parse(einsum_str or layer.einsum_str)
+            equation = Equation.parse(einsum_str or str(layer.einsum_str))
             y, bias_shape = layers.einsum(x, weight, equation, form, product)
             return y if bias is None else y + bias.reshape(bias_shape)
         case nn.DenseGeneral():

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # nnx.Variable that holds one of them or, inside a tree map, anything.
 Leaf = Any
 
+# Columns of a product that cost about as much as one: a tile of a matmul.
+_TILE = 128
+
 # From x and a weight [in, out] to their product.
 Product = Callable[[Any, Any], Any]
 
@@ -314,14 +317,15 @@ def one_of(a: Leaf, b: Leaf, ids: Leaf) -> tuple[Leaf, Leaf]:
 
 
 def _by_row(x: Leaf, a: Leaf, b: Leaf, ids: Leaf, project: Product) -> Leaf:
-    """Each row of x with its own adapter, all adapters in one product.
-
-    x @ [a_0 a_1 ...] is made for every row, the parts that are another adapter's are
-    set to zero, and what is left multiplies [b_0; b_1; ...]. Two plain matmuls: the
-    adapters are read once, where a copy of a and b for each row would be written and
-    read again; the price is arithmetic times the number of adapters.
-    """
+    """Each row of x with its own adapter."""
     several, n_in, rank = a.shape
+    if project is operator.matmul and several * rank > _TILE:
+        a, b = one_of(a, b, ids)
+        h = jnp.einsum("n...i,nir->n...r", x, a)
+        return jnp.einsum("n...r,nro->n...o", h, b)
+    # Few adapters, all in one product: x @ [a_0 a_1 ...] for every row, the parts of
+    # other adapters set to zero, times [b_0; b_1; ...]. No copy of a and b is made for
+    # each row, and the columns fill a tile that would be mostly empty for one adapter.
     columns = jnp.moveaxis(a, 0, 1).reshape(n_in, several * rank)
     h = project(x, columns)
     h = h.reshape(*h.shape[:-1], several, rank)

@@ -101,12 +101,12 @@ def test_a_larger_rank_computes_the_same():
 def test_wrong_calls():
     first, frozen = adapted(tree())
     bank = AdapterBank.empty(first, slots=1).put("one", first)
-    with pytest.raises(ValueError, match="No slot is free for 'two': remove one of"):
+    with pytest.raises(ValueError, match=r"No slot is free for 'two': remove one of"):
         bank.put("two", first)
     with pytest.raises(ValueError, match=r"no adapter 'two'; there are \['one'\]"):
         bank.ids(["two"])
     small, _ = adapted(tree(), rank=2)
-    with pytest.raises(ValueError, match="'one' has a leaf .* by with_rank"):
+    with pytest.raises(ValueError, match=r"'one' has a leaf .* by with_rank"):
         bank.put("one", small)
     other, _ = adapted(tree(), alpha=1)
     with pytest.raises(ValueError, match="'one' differs from the adapters of the bank"):

@@ -134,3 +134,19 @@ def test_the_base_under_a_merge_stays_as_it_was():
         *map(jax.tree.leaves, (model["up_proj"], before)), strict=True
     ):
         assert got is wanted
+
+
+def test_the_change_of_loss_is_reported():
+    model, reports = adapted({"up_proj": quantize(weight()[0])}), []
+    x = jax.random.normal(KEY, (5, 64))
+    loss = lambda model: ((x @ model["up_proj"]) ** 2).mean()
+    merged = merge_lora(model, loss=loss, report=reports.append)
+    before, after = reports[0].loss
+    assert before == pytest.approx(float(loss(model)), rel=1e-6)
+    assert after == pytest.approx(float(loss(merged)), rel=1e-6) != before
+    told = f"Loss {before:.4f} -> {after:.4f} ({after - before:+.4f})."
+    assert str(reports[0]).endswith(told)
+    trainable, frozen = split_trainable(model)
+    both = join_trainable(stack_adapters([trainable, trainable]), frozen)
+    merge_lora(both, adapter=1, loss=loss, report=reports.append)
+    assert reports[1].loss[0] == pytest.approx(before, rel=1e-6)

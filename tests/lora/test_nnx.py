@@ -301,9 +301,9 @@ def test_what_cannot_be_adapted():
         adapted.half(jnp.ones((2, 64)), out_sharding="x")
     with pytest.raises(ValueError, match="looked up by integers: float32"):
         adapted.embed(jnp.ones(3))
-    with pytest.raises(NotImplementedError, match="adapted for '...td,ndh"):
+    with pytest.raises(NotImplementedError, match=r"adapted for '\.\.\.td,ndh"):
         adapted.heads(jnp.ones((2, 16)), "th,ndh->tnd")
-    with pytest.raises(ValueError, match="'half/bias' is found|no weight with two"):
+    with pytest.raises(ValueError, match="in the path of no weight with two"):
         add_lora(zoo, rank=2, targets="half/bias", key=KEY)
     with pytest.raises(ValueError, match="also 'nothing' is found in"):
         split_trainable(adapted, also="nothing")
