@@ -16,15 +16,19 @@ float16, float32: `bnb_4bit_quant_storage`).
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.quant.blockwise import BLOCK_SIZES
 from qlora_jax.quant.formats import DYNAMIC8, FORMATS, Format
 from qlora_jax.quant.tensor import QuantizedTensor
 
 _STATE = "quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
+_DTYPES = ("float32", "bfloat16", "float16")
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def to_state(qt: QuantizedTensor, name: str) -> dict[str, np.ndarray]:
@@ -90,9 +94,8 @@ def from_state(tensors: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
         ValueError: if a tensor is missing, or shapes, types and the state's description
             do not fit together; the message names the key.
     """
-    kind, state = _read_state(tensors, name)
-    n, k = (int(size) for size in state["shape"])
-    block_size = int(state["blocksize"])
+    state = state_of(tensors, name)
+    (n, k), block_size = state["shape"], state["blocksize"]
     num_blocks = -(-n * k // block_size)
     codes = np.ascontiguousarray(_get(tensors, name))
     codes = np.frombuffer(codes.tobytes(), np.uint8)
@@ -109,7 +112,7 @@ def from_state(tensors: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
     codebook = _typed(tensors, f"{name}.quant_map", np.float32, 16)
     nested_absmax = nested_format = offset = None
     if is_nested:
-        if int(state["nested_blocksize"]) != 256:
+        if state["nested_blocksize"] != 256:
             raise ValueError(
                 f"{name}: nested blocks of {state['nested_blocksize']}; only those of "
                 "256, which bitsandbytes writes, are read."
@@ -127,7 +130,7 @@ def from_state(tensors: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
         nested_absmax=nested_absmax,
         offset=offset,
         layer=None,
-        format=_format(FORMATS[kind], codebook),
+        format=_format(FORMATS[state["quant_type"]], codebook),
         nested_format=nested_format,
         in_features=k,
         out_features=n,
@@ -136,35 +139,53 @@ def from_state(tensors: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
     )
 
 
-def _read_state(tensors, name):
+def state_of(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
+    """Reads the description of a 4-bit weight: `shape` [out, in], `quant_type`, ...
+
+    Args:
+        tensors: at least `name`.quant_state.bitsandbytes__nf4 (or __fp4).
+        name: the weight's name in the checkpoint.
+
+    Raises:
+        ValueError: if it is missing, or does not describe such a weight; the message
+            names the key.
+    """
     keys = [key for key in tensors if key.startswith(f"{name}.{_STATE}")]
     if len(keys) != 1:
         raise ValueError(
             f"{name} must have one tensor {name}.{_STATE}nf4 (or fp4), found {keys}: "
             "is it a 4-bit weight of bitsandbytes?"
         )
-    kind = keys[0].rpartition("__")[2]
+    (key,) = keys
+    kind = key.rpartition("__")[2]
     try:
-        state = json.loads(np.asarray(tensors[keys[0]], np.uint8).tobytes())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{keys[0]} is not JSON in UTF-8: {error}.") from error
+        state = json.loads(np.asarray(tensors[key], np.uint8).tobytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key} is not JSON in UTF-8: {error}.") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{key} holds no JSON object.")
     needed = {"quant_type", "blocksize", "dtype", "shape"}
     if "nested_offset" in state:
         needed |= {"nested_blocksize"}
     if missing := sorted(needed - set(state)):
-        raise ValueError(f"{keys[0]} lacks {missing}; it has {sorted(state)}.")
+        raise ValueError(f"{key} lacks {missing}; it has {sorted(state)}.")
     if state["quant_type"] != kind or kind not in _KINDS:
         raise ValueError(
-            f"{keys[0]} describes quant_type {state['quant_type']!r}; nf4 and fp4 are "
+            f"{key} describes quant_type {state['quant_type']!r}; nf4 and fp4 are "
             "read, and the key must name the same."
         )
-    shape = state["shape"]
-    if len(shape) != 2 or min(shape) < 1 or int(state["blocksize"]) < 1:
-        raise ValueError(
-            f"{keys[0]}: shape {shape} with blocksize {state['blocksize']} is no "
-            "quantized matrix."
-        )
-    return kind, state
+    shape, block_size = state["shape"], state["blocksize"]
+    is_matrix = isinstance(shape, list) and len(shape) == 2
+    if not is_matrix or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"{key}: shape {shape!r} is not that of a matrix, [out, in].")
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
+        raise ValueError(f"{key}: blocksize {block_size!r} is not in {BLOCK_SIZES}.")
+    if state["dtype"] not in _DTYPES:
+        raise ValueError(f"{key}: dtype {state['dtype']!r} is not in {_DTYPES}.")
+    offset = state.get("nested_offset", 0.0)
+    if type(offset) not in (int, float) or not abs(offset) < _FLOAT32_MAX:
+        raise ValueError(f"{key}: nested_offset {offset!r} is no float32 number.")
+    return state
 
 
 def _get(tensors, key):

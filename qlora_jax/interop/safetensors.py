@@ -14,6 +14,8 @@ from qlora_jax.models.config import config_from_hf
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -31,6 +33,23 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelFileError(f"{path} holds no JSON object.")
     return value
+
+
+def refuse_pickle(path: pathlib.Path) -> None:
+    """Refuses a pickled file of weights, or a folder that holds one.
+
+    Raises:
+        ModelFileError: naming the file and the way to convert it.
+    """
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in found:
+        if file.suffix in _PICKLED:
+            raise ModelFileError(
+                f"{file} holds pickled weights: reading them can run code, so they are "
+                "not read. If you trust where they come from, convert them where "
+                "transformers is installed: AutoModelForCausalLM.from_pretrained("
+                "folder).save_pretrained(other, safe_serialization=True)."
+            )
 
 
 @contextlib.contextmanager
@@ -52,6 +71,10 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
         return [folder / _SINGLE]
     if (folder / _INDEX).is_file():
         weight_map = read_json(folder / _INDEX).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            raise ModelFileError(f"{folder / _INDEX}: weight_map names no files.")
         names = sorted(set(weight_map.values()))
         if any(os.path.basename(name) != name for name in names):
             raise ModelFileError(f"{folder / _INDEX} names files outside its folder.")
@@ -61,11 +84,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
                 "download it again."
             )
         return [folder / name for name in names]
-    if any(folder.glob("*.bin")):
-        raise ModelFileError(
-            f"{folder} holds pickled .bin weights, which can run code and are not "
-            "read; save the model with safe_serialization=True."
-        )
+    refuse_pickle(folder)
     raise ModelFileError(f"{folder} has neither {_SINGLE} nor {_INDEX}.")
 
 
@@ -79,14 +98,17 @@ class SafetensorsSource:
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = pathlib.Path(folder)
-        self.config = config_from_hf(read_json(self.folder / "config.json"))
+        self.config = config_from_hf(read_json(self.config_path(folder)))
         self._file_of: dict[str, pathlib.Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._types: dict[str, str] = {}
         for path in _files(self.folder):
             with _opened(path) as file:
                 for name in file.keys():
                     self._file_of[name] = path
-                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+                    view = file.get_slice(name)
+                    self._shapes[name] = tuple(view.get_shape())
+                    self._types[name] = view.get_dtype()
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -96,6 +118,24 @@ class SafetensorsSource:
         return self._shapes
 
     def read(self, name: str) -> np.ndarray:
-        """Returns one tensor."""
+        """Returns one tensor.
+
+        Raises:
+            ModelFileError: if it does not hold floating-point numbers.
+        """
+        if self._types[name] not in _FLOATING:
+            raise ModelFileError(
+                f"{self._file_of[name]}: {name} is of type {self._types[name]}; a "
+                f"weight is one of {', '.join(_FLOATING)}."
+            )
+        return self.read_any(name)
+
+    def read_any(self, name: str) -> np.ndarray:
+        """Returns one tensor, whatever its type."""
         with _opened(self._file_of[name]) as file:
             return file.get_tensor(name)
+
+    @staticmethod
+    def config_path(folder: str | os.PathLike[str]) -> pathlib.Path:
+        """Returns where a folder describes its model."""
+        return pathlib.Path(folder) / "config.json"

@@ -18,6 +18,7 @@ from flax import nnx
 
 from qlora_jax.models.config import ATTENTION_WEIGHTS, LINEAR_WEIGHTS, LlamaConfig
 from qlora_jax.models.llama import Llama
+from qlora_jax.quant import QuantizedTensor
 from qlora_jax.quant import quantize as quantize_weight
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class Source(Protocol):
         """Returns the shape of every tensor by its name, reading none of them."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor, a weight as [out, in]."""
+    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+        """Returns one tensor, a weight as [out, in] or as it was quantized."""
         ...
 
 
@@ -118,6 +119,42 @@ def _quantized(w: jax.Array, format: str, double_quant: bool, dtype: Any) -> Any
     return dataclasses.replace(quantized, dtype=dtype)
 
 
+def _kind(w: QuantizedTensor) -> str:
+    scales = "with" if w.nested_format is not None else "without"
+    return f"{w.format.name} {scales} double quantization, blocks of {w.block_size}"
+
+
+def _check_agrees(
+    where: str, w: QuantizedTensor, quantize: str | None, double_quant: bool
+) -> None:
+    if quantize is None:
+        return
+    if (w.format.name, w.nested_format is not None) != (quantize, double_quant):
+        raise ValueError(
+            f"{where} is already {_kind(w)}; {quantize=} with {double_quant=} asks for "
+            "another. Leave quantize out to take it as it is, or load the model it was "
+            "made from."
+        )
+
+
+def _check_stacks(where: str, one: Any, first_name: str, first: Any) -> None:
+    """Layers are one stacked array, so they must be of one kind, to the last digit."""
+    if jax.tree.structure(one) == jax.tree.structure(first):
+        return
+    kinds = [
+        _kind(w) if isinstance(w, QuantizedTensor) else "dense" for w in (one, first)
+    ]
+    if kinds[0] == kinds[1]:
+        what = "has other numbers in quant_map, nested_quant_map or dtype than"
+        raise NotImplementedError(
+            f"{where} {what} {first_name}; all layers must share them."
+        )
+    raise NotImplementedError(
+        f"{where} is {kinds[0]}, and {first_name} is {kinds[1]}; all layers must be of "
+        "one kind."
+    )
+
+
 def build_model(
     source: Source,
     *,
@@ -129,31 +166,42 @@ def build_model(
 
     Args:
         source: the checkpoint.
-        quantize: format of the linear weights of the layers, None to keep them dense.
-            Embedding, head and norms stay dense.
+        quantize: format of the linear weights of the layers, None to take them as they
+            are. Embedding, head and norms stay dense.
         double_quant: quantize the scales too.
         dtype: of what is not quantized, and of the computation.
 
     Raises:
         ModelFileError: if tensors are missing, unexpected or of another shape.
+        ValueError: if weights are already quantized, and not as `quantize` asks.
+        NotImplementedError: if layers are quantized differently.
     """
     check_tensors(source)
     config = source.config
 
-    def dense(name: str, transpose: bool = False) -> jax.Array:
+    def dense(name: str) -> jax.Array:
         w = source.read(name)
-        return jnp.asarray(w.T if transpose else w, dtype)
+        if isinstance(w, QuantizedTensor):
+            raise NotImplementedError(
+                f"{source}: {name} is quantized; only weights of linear layers can be."
+            )
+        return jnp.asarray(w, dtype)
 
-    def layer_weight(name: str) -> Any:
-        if quantize is None:
-            return dense(name, transpose=True)
-        w = jnp.asarray(source.read(name))
-        return _quantized(w, quantize, double_quant, jnp.dtype(dtype))
+    def weight(name: str) -> Any:
+        w = source.read(name)
+        if isinstance(w, QuantizedTensor):
+            _check_agrees(f"{source}: {name}", w, quantize, double_quant)
+            return w
+        if quantize is None or name == "lm_head.weight":
+            return jnp.asarray(w.T, dtype)
+        return _quantized(jnp.asarray(w), quantize, double_quant, jnp.dtype(dtype))
 
     def stack(attribute: str) -> Any:
-        read = layer_weight if attribute in LINEAR_WEIGHTS else dense
-        name = hf_name(attribute)
-        slices = [read(name.format(i)) for i in range(config.num_layers)]
+        read = weight if attribute in LINEAR_WEIGHTS else dense
+        names = [hf_name(attribute).format(i) for i in range(config.num_layers)]
+        slices = [read(name) for name in names]
+        for name, one in zip(names, slices, strict=True):
+            _check_stacks(f"{source}: {name}", one, names[0], slices[0])
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *slices)
 
     # The structure without its arrays; every parameter is then given its value.
@@ -161,7 +209,7 @@ def build_model(
     model.embed = nnx.Param(dense("model.embed_tokens.weight"))
     model.norm = nnx.Param(dense("model.norm.weight"))
     if not config.tie_embeddings:
-        model.lm_head = nnx.Param(dense("lm_head.weight", transpose=True))
+        model.lm_head = nnx.Param(weight("lm_head.weight"))
     for attribute in [n for n, v in vars(model.layers).items() if _is_param(v)]:
         setattr(model.layers, attribute, nnx.Param(stack(attribute)))
     return model

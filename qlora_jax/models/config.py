@@ -209,6 +209,26 @@ def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     return float(theta), scaling
 
 
+def _window_from_hf(config: Mapping[str, Any], architecture: str) -> int | None:
+    window = config.get("sliding_window")
+    # Qwen's configs name a window even where it is switched off, which is the default.
+    if not config.get("use_sliding_window", not architecture.startswith("Qwen")):
+        return None
+    layers = config.get("num_hidden_layers", 0)
+    kinds = config.get("layer_types")
+    if kinds is None and "max_window_layers" in config:
+        full = min(config["max_window_layers"], layers)
+        kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    if window is None or not kinds:
+        return window
+    if len(set(kinds)) > 1 or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(
+            f"Layers of different attention ({', '.join(sorted(set(kinds)))}); "
+            "supported is one kind, full or sliding, for all."
+        )
+    return window if kinds[0] == "sliding_attention" else None
+
+
 def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     """Reads the `config.json` of a Hugging Face checkpoint.
 
@@ -239,9 +259,6 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     theta, scaling = _rope_from_hf(config)
     family = FAMILIES[architecture]
     heads = config.get("num_attention_heads", 0)
-    window = config.get("sliding_window")
-    if not config.get("use_sliding_window", True):
-        window = None
     eos = config.get("eos_token_id")
     try:
         return LlamaConfig(
@@ -261,10 +278,70 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
             o_bias=config.get("attention_bias", False) and "qkv_bias" not in family,
             mlp_bias=config.get("mlp_bias", False),
             qk_norm=family.get("qk_norm", False),
-            sliding_window=window,
+            sliding_window=_window_from_hf(config, architecture),
             architecture=architecture,
             bos_token_id=config.get("bos_token_id"),
             eos_token_id=() if eos is None else tuple(np.atleast_1d(eos).tolist()),
         )
     except KeyError as error:
         raise ValueError(f"The config of the model has no {error}.") from None
+
+
+# The fields that go by another name in a Hugging Face config.
+_HF_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "max_position": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+    "mlp_bias": "mlp_bias",
+    "sliding_window": "sliding_window",
+    "bos_token_id": "bos_token_id",
+}
+
+
+def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """Returns the `config.json` of a model, in the form that transformers 4 and 5 read.
+
+    Args:
+        config: the model's.
+
+    Raises:
+        NotImplementedError: if such a config cannot say all of it; the fields are
+            named.
+    """
+    hf: dict[str, Any] = {
+        "architectures": [config.architecture],
+        "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
+        "hidden_act": "silu",
+        "attention_bias": config.o_bias,
+    }
+    hf |= {name: getattr(config, field) for field, name in _HF_FIELDS.items()}
+    if config.architecture.startswith("Qwen"):
+        hf["use_sliding_window"] = config.sliding_window is not None
+        hf["max_window_layers"] = 0 if config.sliding_window else config.num_layers
+    eos = config.eos_token_id
+    hf["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos) or None
+    if (scaling := config.rope_scaling) is not None:
+        hf["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            hf["rope_scaling"] |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position,
+            }
+    again = config_from_hf(hf)
+    fields = [field.name for field in dataclasses.fields(config)]
+    if lost := [f for f in fields if getattr(again, f) != getattr(config, f)]:
+        told = ", ".join(f"{field}={getattr(config, field)!r}" for field in lost)
+        raise NotImplementedError(
+            f"The config of a {config.architecture} in Hugging Face's form cannot say "
+            f"{told}."
+        )
+    return hf
