@@ -7,43 +7,43 @@ import pytest
 
 from qlora_jax.lora import (
     AdapterBank,
+    LoraTensor,
     add_lora,
     combine_adapters,
     join_trainable,
-    merge_lora,
     split_trainable,
     with_rank,
 )
 from tests.lora.models import Model, tokens
-from tests.lora.test_adapters import perturbed, run_tree, tree
+from tests.lora.test_adapters import perturbed
 
 KEY = jax.random.key(7)
 
 
+def arrays():
+    return {"up": jnp.ones((2, 16, 24))}
+
+
 def adapted(base, rank=4, seed=0, **options):
+    options = {"targets": "up|proj", **options}
     first, frozen = split_trainable(add_lora(base, rank=rank, key=KEY, **options))
     return perturbed(first, seed), frozen
 
 
-@pytest.mark.parametrize("module", [False, True])
-def test_adapters_are_swapped_without_recompiling(module):
-    base = Model(format="nf4") if module else tree()
+def test_adapters_are_swapped_without_recompiling():
+    base, batch = Model(format="nf4"), tokens()[:3]
     (first, frozen), (second, _) = (adapted(base, seed=seed) for seed in range(2))
-    batch = tokens()[:3] if module else jax.random.normal(KEY, (3, 5, 64))
 
     @jax.jit
     def run(trainable, ids):
-        model = join_trainable(trainable, frozen, adapter_ids=ids)
-        return model(batch) if module else run_tree(model, batch)
+        return join_trainable(trainable, frozen, adapter_ids=ids)(batch)
 
-    def alone(trainable):
-        model = base if trainable is None else join_trainable(trainable, frozen)
-        return model(batch) if module else run_tree(model, batch)
-
+    alone = jax.jit(lambda trainable: join_trainable(trainable, frozen)(batch))
+    zero = jax.tree.map(jnp.zeros_like, first)
     bank = AdapterBank.empty(first, slots=3)
     bank = bank.put("french", first).put("law", second)
     assert bank.names == ("french", "law", None)
-    wanted = [alone(first), alone(None), alone(second)]
+    wanted = [alone(first), alone(zero), alone(second)]
     got = run(bank.stacked, bank.ids(["french", None, "law"]))
     for row in range(3):
         np.testing.assert_allclose(got[row], wanted[row][row], rtol=2e-3, atol=1e-4)
@@ -57,14 +57,32 @@ def test_adapters_are_swapped_without_recompiling(module):
     assert run._cache_size() == 1
 
 
+@pytest.mark.parametrize("several", [2, 3])
+def test_few_and_many_adapters_give_each_row_its_own(several):
+    """Together 128 columns, all in one product; more, each row gathers its own."""
+    keys = jax.random.split(KEY, 4)
+    w = jax.random.normal(keys[0], (64, 72)) / 8
+    a = jax.random.normal(keys[1], (several, 64, 64))
+    b = jax.random.normal(keys[2], (several, 64, 72))
+    x = jax.random.normal(keys[3], (4, 3, 64))
+    ids = jnp.array([1, -1, 0, several])
+    got = x @ LoraTensor(w, a, b, ids=ids, alpha=0.5)
+    for row, i in enumerate([1, None, 0]):
+        wanted = x[row] @ w
+        if i is not None:
+            wanted += x[row] @ a[i] @ b[i] * (0.5 / 64)
+        np.testing.assert_allclose(got[row], wanted, rtol=1e-4, atol=1e-4)
+    assert jnp.isnan(got[3]).all()  # an id that does not exist
+
+
 @pytest.mark.parametrize("method", ["cat", "svd", "linear"])
 def test_weighted_sums(method):
     options = {"alpha": 8, "targets": "up$"}
     (first, frozen), (second, _) = (
-        adapted(tree(), seed=seed, **options) for seed in range(2)
+        adapted(arrays(), seed=seed, **options) for seed in range(2)
     )
     combined = combine_adapters([first, second], [0.7, 0.3], frozen, method=method)
-    lts = [join_trainable(t, frozen)["layers"]["up"] for t in (first, second, combined)]
+    lts = [join_trainable(t, frozen)["up"] for t in (first, second, combined)]
     product = lambda lt: np.asarray(lt.scale * lt.a @ lt.b, np.float64)
     exact = 0.7 * product(lts[0]) + 0.3 * product(lts[1])
     got = product(lts[2])
@@ -85,30 +103,28 @@ def test_weighted_sums(method):
 
 
 def test_a_larger_rank_computes_the_same():
-    small, frozen = adapted(Model(), rank=2)
-    big, _ = adapted(Model(), rank=4)
+    small, frozen = adapted(arrays(), rank=2)
+    big, _ = adapted(arrays(), rank=4)
     filled = with_rank(small, frozen, rank=4)
-    assert jax.tree.map(jnp.shape, filled) == jax.tree.map(jnp.shape, big)
-    got, wanted = (
-        merge_lora(join_trainable(t, frozen), report=None) for t in (filled, small)
-    )
-    np.testing.assert_allclose(
-        got.layers.up_proj[...], wanted.layers.up_proj[...], rtol=1e-5, atol=1e-6
-    )
+    shapes = [list(map(jnp.shape, jax.tree.leaves(t))) for t in (filled, big)]
+    assert shapes[0] == shapes[1]
+    lts = [join_trainable(t, frozen)["up"] for t in (filled, small)]
+    got, wanted = (lt.scale * lt.a @ lt.b for lt in lts)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
     AdapterBank.empty(big, slots=1).put("small", filled)
 
 
 def test_wrong_calls():
-    first, frozen = adapted(tree())
+    first, frozen = adapted(arrays())
     bank = AdapterBank.empty(first, slots=1).put("one", first)
     with pytest.raises(ValueError, match=r"No slot is free for 'two': remove one of"):
         bank.put("two", first)
     with pytest.raises(ValueError, match=r"no adapter 'two'; there are \['one'\]"):
         bank.ids(["two"])
-    small, _ = adapted(tree(), rank=2)
+    small, _ = adapted(arrays(), rank=2)
     with pytest.raises(ValueError, match=r"'one' has a leaf .* by with_rank"):
         bank.put("one", small)
-    other, _ = adapted(tree(), alpha=1)
+    other, _ = adapted(arrays(), alpha=1)
     with pytest.raises(ValueError, match="'one' differs from the adapters of the bank"):
         bank.put("one", other)
     with pytest.raises(ValueError, match="2 adapters and 1 weights"):
@@ -119,6 +135,6 @@ def test_wrong_calls():
         combine_adapters([first], [-1.0], frozen, method="linear")
     with pytest.raises(ValueError, match="has rank 4 > rank=2"):
         with_rank(first, frozen, rank=2)
-    dora, frozen = adapted(tree(), dora=True)
+    dora, frozen = adapted(arrays(), dora=True)
     with pytest.raises(ValueError, match="is DoRA's: its magnitudes do not add"):
         combine_adapters([dora], [1.0], frozen)

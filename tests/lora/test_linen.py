@@ -57,6 +57,7 @@ class Model(nn.Module):
 
 MODEL = Model()
 RUN = jax.jit(linen.apply(MODEL))
+PLAIN = jax.jit(MODEL.apply)
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +96,12 @@ def test_every_layer_computes_what_its_merged_kernel_does(params, forms, quantiz
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
     got, wanted = (
         RUN({"params": moved}, TOKENS),
-        MODEL.apply({"params": merged}, TOKENS),
+        PLAIN({"params": merged}, TOKENS),
     )
     assert relative(got, wanted) < LOGITS_RELATIVE["bfloat16"] / 5
     if quantize is None:
         zero = RUN({"params": adapted}, TOKENS)
-        wanted = MODEL.apply({"params": params}, TOKENS)
+        wanted = PLAIN({"params": params}, TOKENS)
         assert relative(zero, wanted) < LOGITS_RELATIVE["float32"]
     else:
         leaf = adapted["blocks"]["up"]["kernel"]
