@@ -16,6 +16,7 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FLOATING = ("F64", "F32", "F16", "BF16")
+_READ = (*_FLOATING, "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "BOOL")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -131,7 +132,12 @@ class SafetensorsSource:
         return self.read_any(name)
 
     def read_any(self, name: str) -> np.ndarray:
-        """Returns one tensor, whatever its type."""
+        """Returns one tensor, of integers too."""
+        if self._types[name] not in _READ:
+            raise ModelFileError(
+                f"{self._file_of[name]}: {name} is of type {self._types[name]}, which "
+                f"is not read; what is read is {', '.join(_READ)}."
+            )
         with _opened(self._file_of[name]) as file:
             return file.get_tensor(name)
 

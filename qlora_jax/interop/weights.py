@@ -94,7 +94,12 @@ def check_tensors(source: Source) -> None:
         ModelFileError: naming the tensors that are missing, unexpected or of another
             shape.
     """
-    found, expected = dict(source.shapes()), expected_shapes(source.config)
+    found, layers = dict(source.shapes()), source.config.num_layers
+    if layers > len(found):  # before a list of as many names is made
+        raise ModelFileError(
+            f"{source} holds {len(found)} tensors, and its config says {layers} layers."
+        )
+    expected = expected_shapes(source.config)
     if source.config.tie_embeddings:
         found.pop("lm_head.weight", None)  # some checkpoints store the tied head too
     unexpected = [n for n in found.keys() - expected.keys() if not _IGNORED.search(n)]

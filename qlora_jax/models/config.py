@@ -129,6 +129,8 @@ class LlamaConfig:
             positive = field.type is int and field.name != "head_dim"
             if positive and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name}={value!r} must be a positive integer.")
+        if self.head_dim < 0:
+            raise ValueError(f"{self.head_dim=} must be positive, or 0.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads=} must be a multiple of {self.num_kv_heads=}."
@@ -194,6 +196,7 @@ def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     # transformers 5 nests everything in rope_parameters; 4 has rope_theta beside an
     # optional rope_scaling whose kind is spelled "type" in the oldest configs.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = _check_types(rope, _ROPE_TYPES)
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -204,7 +207,7 @@ def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
         factor=float(rope.get("factor", 1.0)),
         low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
         high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
-        original_max_position=int(original or config["max_position_embeddings"]),
+        original_max_position=original or config.get("max_position_embeddings", 2048),
     )
     return float(theta), scaling
 
@@ -214,19 +217,80 @@ def _window_from_hf(config: Mapping[str, Any], architecture: str) -> int | None:
     # Qwen's configs name a window even where it is switched off, which is the default.
     if not config.get("use_sliding_window", not architecture.startswith("Qwen")):
         return None
-    layers = config.get("num_hidden_layers", 0)
-    kinds = config.get("layer_types")
-    if kinds is None and "max_window_layers" in config:
-        full = min(config["max_window_layers"], layers)
-        kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    kinds = set(config.get("layer_types") or ())
+    if not kinds and config.get("max_window_layers") is not None:
+        # The layers before this one see everything.
+        before, layers = config["max_window_layers"], config["num_hidden_layers"] or 0
+        kinds = {"full_attention"} if before > 0 else set()
+        kinds |= {"sliding_attention"} if before < layers else set()
     if window is None or not kinds:
         return window
-    if len(set(kinds)) > 1 or not set(kinds) <= {"full_attention", "sliding_attention"}:
+    if len(kinds) > 1 or not kinds <= {"full_attention", "sliding_attention"}:
         raise NotImplementedError(
-            f"Layers of different attention ({', '.join(sorted(set(kinds)))}); "
+            f"Layers of different attention ({', '.join(sorted(map(str, kinds)))}); "
             "supported is one kind, full or sliding, for all."
         )
-    return window if kinds[0] == "sliding_attention" else None
+    return window if kinds == {"sliding_attention"} else None
+
+
+_NUMBER = (int, float)
+# The JSON types of the fields that are read; null stands for absence.
+_HF_TYPES: dict[str, tuple[type, ...]] = {
+    "architectures": (list,),
+    "vocab_size": (int,),
+    "hidden_size": (int,),
+    "intermediate_size": (int,),
+    "num_hidden_layers": (int,),
+    "num_attention_heads": (int,),
+    "num_key_value_heads": (int,),
+    "head_dim": (int,),
+    "max_position_embeddings": (int,),
+    "max_window_layers": (int,),
+    "sliding_window": (int,),
+    "rms_norm_eps": _NUMBER,
+    "rope_theta": _NUMBER,
+    "rope_parameters": (dict,),
+    "rope_scaling": (dict,),
+    "layer_types": (list,),
+    "tie_word_embeddings": (bool,),
+    "attention_bias": (bool,),
+    "mlp_bias": (bool,),
+    "use_sliding_window": (bool,),
+    "bos_token_id": (int,),
+    "eos_token_id": (int, list),
+}
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+_ROPE_TYPES: dict[str, tuple[type, ...]] = {
+    "rope_type": (str,),
+    "type": (str,),
+    "rope_theta": _NUMBER,
+    "factor": _NUMBER,
+    "low_freq_factor": _NUMBER,
+    "high_freq_factor": _NUMBER,
+    "original_max_position_embeddings": (int,),
+}
+# Beyond any model, and within what float32 and memory can hold.
+_LARGEST = 1e15
+
+
+def _check_types(
+    config: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]
+) -> dict[str, Any]:
+    """Returns the fields that are given; a value of another type is refused."""
+    fields = {k: v for k, v in config.items() if v is not None or k in _REQUIRED}
+    for key, kinds in types.items():
+        value: Any = fields.get(key)
+        if value is None:
+            continue
+        is_number = type(value) in _NUMBER
+        if type(value) not in kinds or (is_number and not abs(value) < _LARGEST):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(
+                f"The config of the model says {key}={value!r}, which is no {names}."
+            )
+        if isinstance(value, list) and not all(type(v) in (int, str) for v in value):
+            raise ValueError(f"The config of the model says {key}={value!r}.")
+    return fields
 
 
 def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
@@ -242,10 +306,12 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
         The config of the same model.
 
     Raises:
-        ValueError: if a field that every family has is missing.
+        ValueError: if a field that every family has is missing, or one is of another
+            type than it should be.
         NotImplementedError: if the architecture, the activation or the rotary scaling
             is not one of those this model can be.
     """
+    config = _check_types(config, _HF_TYPES)
     names = config.get("architectures") or [config.get("model_type", "unknown")]
     architecture = names[0]
     if architecture not in FAMILIES:

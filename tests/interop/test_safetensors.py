@@ -103,11 +103,17 @@ def test_an_index_cannot_point_outside(tmp_path):
         load_model(tmp_path)
 
 
-def test_pickle_is_never_read(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt", "last.ckpt"]
+)
+def test_pickle_is_never_read(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ModelFileError, match=r"bin holds pickled weights.*safe_serial"):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    words = rf"{name} holds pickled weights: .*not read.*convert .*save_pretrained"
+    with pytest.raises(ModelFileError, match=words):
         load_model(tmp_path)
+    with pytest.raises(ModelFileError, match=words):
+        load_model(tmp_path / name)
 
 
 def test_a_damaged_config(tmp_path):
