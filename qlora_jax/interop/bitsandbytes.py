@@ -11,7 +11,11 @@ quantization only)
     p.quant_state.bitsandbytes__nf4         uint8    JSON in UTF-8
 
 The packed codes may also be stored under another dtype of the same bytes (bfloat16,
-float16, float32: `bnb_4bit_quant_storage`).
+float16, float32: `bnb_4bit_quant_storage`). In 8 bits (LLM.int8) it writes
+
+    p                                       int8     [n, k]
+    p's module.SCB                          float32  [n], the largest of each row
+    p's module.weight_format                uint8    [], 0: by row
 """
 
 import json
@@ -136,6 +140,41 @@ def from_state(tensors: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
         out_features=n,
         block_size=block_size,
         dtype=jnp.dtype(state["dtype"]),
+    )
+
+
+def from_int8(codes: np.ndarray, scale: np.ndarray, name: str) -> QuantizedTensor:
+    """Reads an 8-bit weight (LLM.int8), w[i, j] = codes[i, j] * scale[i] / 127.
+
+    One block is a row. Outliers of the input, which bitsandbytes multiplies apart, are
+    of no concern here: the input is not quantized.
+
+    Args:
+        codes: int8 [out, in].
+        scale: float32 [out], called SCB in a checkpoint.
+        name: the weight's name in the checkpoint.
+
+    Raises:
+        ValueError: if shapes or types are others.
+    """
+    if codes.dtype != np.int8 or codes.ndim != 2 or 0 in codes.shape:
+        raise ValueError(
+            f"{name} must be int8 [out, in], found {codes.dtype} {list(codes.shape)}."
+        )
+    n, k = codes.shape
+    scale = _typed({f"{name} (its SCB)": scale}, f"{name} (its SCB)", np.float32, n)
+    return QuantizedTensor(
+        codes=jnp.asarray(codes.view(np.uint8)),
+        absmax=jnp.asarray(scale[:, None]),
+        nested_absmax=None,
+        offset=None,
+        layer=None,
+        format=FORMATS["int8"],
+        nested_format=None,
+        in_features=k,
+        out_features=n,
+        block_size=k,
+        dtype=jnp.dtype(jnp.bfloat16),  # the file does not say which it had
     )
 
 

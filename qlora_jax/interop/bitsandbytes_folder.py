@@ -1,4 +1,4 @@
-"""Hugging Face folders whose linear weights bitsandbytes has quantized to 4 bits."""
+"""Hugging Face folders whose linear weights bitsandbytes has quantized."""
 
 import os
 from collections.abc import Mapping
@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.interop.bitsandbytes import from_state, state_of
+from qlora_jax.interop.bitsandbytes import from_int8, from_state, state_of
 from qlora_jax.interop.safetensors import SafetensorsSource, read_json
 from qlora_jax.interop.weights import ModelFileError, Source
 from qlora_jax.quant.tensor import QuantizedTensor
 
 _MARK = ".quant_state.bitsandbytes__"
+_SCALE = ".SCB"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
 class BitsandbytesSource:
-    """A folder with weights in 4 bits, whose bytes are taken as they are.
+    """A folder with weights in 4 or 8 bits, whose bytes are taken as they are.
 
     Attributes:
         config: read from `config.json`.
@@ -40,7 +41,25 @@ class BitsandbytesSource:
                 del shapes[part]
             state = self._checked(state_of, {key: self._files.read_any(key)}, name)
             shapes[name] = tuple(state["shape"])
+        for key in [key for key in shapes if key.endswith(_SCALE)]:
+            module = key.removesuffix(_SCALE)
+            name = f"{module}.weight"
+            if name not in shapes or name in self._keys:
+                raise ModelFileError(f"{self}: {key} is of no 8-bit weight {name}.")
+            self._keys[name] = [key, name]
+            del shapes[key]
+            if (form := f"{module}.weight_format") in shapes:
+                self._check_rows(form)
+                del shapes[form]
         self._shapes = shapes
+
+    def _check_rows(self, name: str) -> None:
+        form = self._files.read_any(name)
+        if form.any():
+            raise NotImplementedError(
+                f"{self}: {name} is {form.tolist()}, a layout of GPUs; read is 0, rows: "
+                "save it again with a newer bitsandbytes."
+            )
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -54,6 +73,11 @@ class BitsandbytesSource:
         if name not in self._keys:
             return self._files.read(name)
         tensors = {key: self._files.read_any(key) for key in self._keys[name]}
+        if (scale := self._keys[name][0]).endswith(_SCALE):
+            try:
+                return from_int8(tensors[name], tensors[scale], name)
+            except ValueError as error:
+                raise ModelFileError(f"{self}: {error}") from None
         return self._checked(from_state, tensors, name)
 
     def _checked(self, read: Any, tensors: Mapping[str, np.ndarray], name: str) -> Any:
@@ -79,12 +103,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
     method = quantization.get("quant_method")
     if method != "bitsandbytes" and not quantization.get("load_in_4bit"):
         raise NotImplementedError(
-            f"{folder} was quantized by {method!r}; read are the 4-bit weights of "
+            f"{folder} was quantized by {method!r}; read are the weights of "
             "bitsandbytes. Take the model it was made from, and quantize= it here."
-        )
-    if not quantization.get("load_in_4bit"):
-        raise NotImplementedError(
-            f"{folder} holds 8-bit weights of bitsandbytes; read are those of 4 bits. "
-            "Take the model it was made from, and quantize= it here."
         )
     return BitsandbytesSource(folder)

@@ -153,8 +153,8 @@ def load_model(
         name: a folder of safetensors, a `.gguf` file, a hub name, or a name in
             `WHEEL_MODELS`; see `find_model`.
         quantize: format of the layers' linear weights ("nf4", "fp4", ...), or None to
-            take them as they are: weights that bitsandbytes has quantized to 4 bits
-            stay so, byte for byte. Embedding, head and norms stay in `dtype`.
+            take them as they are: weights that bitsandbytes has quantized (to 4 or 8
+            bits) stay so, byte for byte. Embedding, head and norms are in `dtype`.
         double_quant: with `quantize`: quantize the scales of the blocks too.
         dtype: of what is not quantized, and of the computation.
 

@@ -7,7 +7,7 @@ Run with Python 3.11, torch 2.13.0, transformers 5.23.0, bitsandbytes 0.50.2 on 
 
 Each folder holds a model of 2 layers with random weights, saved by transformers in
 bfloat16, and `logits.npy`: float32 [rows, tokens, vocabulary] of the rows of
-`tokens.npy` computed as one padded batch in float32. The two in 4 bits (`QUANTIZED`)
+`tokens.npy` computed as one padded batch in float32. Those of `QUANTIZED`
 were quantized by bitsandbytes while transformers loaded the folder `source`, kept
 beside them.
 """
@@ -44,12 +44,15 @@ FAMILIES = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
 }
 QUANTIZED = {
+    "int8": dict(load_in_8bit=True),
     "nf4_double": dict(
+        load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     ),
     "fp4_bfloat16": dict(
+        load_in_4bit=True,
         bnb_4bit_quant_type="fp4",
         bnb_4bit_quant_storage=torch.bfloat16,
         bnb_4bit_compute_dtype=torch.float32,
@@ -115,7 +118,7 @@ def make():
     source = HERE / "source"
     save(fresh("Llama", {}, width=64), source)
     for name, options in QUANTIZED.items():
-        config = BitsAndBytesConfig(load_in_4bit=True, **options)
+        config = BitsAndBytesConfig(**options)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             quantization_config=config,

@@ -70,6 +70,46 @@ def test_equal_to_quantizing_the_source(name):
         assert (difference <= ULP_NESTED_OFFSET * spacing).all()
 
 
+def test_eight_bits():
+    """LLM.int8: the bytes of the file, and rows of the source within half a step."""
+    model = load_model(FAMILIES / "int8", dtype=jnp.float32)
+    tensors = tensors_of(FAMILIES / "int8")
+    dense = tensors_of(FAMILIES / "source")
+    for name in ("mlp.down_proj", "self_attn.k_proj"):
+        weight = getattr(model.layers, name.partition(".")[2]).get_value()
+        assert (weight.format.name, weight.stack) == ("int8", (2,))
+        decoded = np.asarray(dequantize(weight, jnp.float32))
+        for i in range(2):
+            stem = f"model.layers.{i}.{name}"
+            codes, scale = tensors[f"{stem}.weight"], tensors[f"{stem}.SCB"][:, None]
+            assert np.asarray(weight.codes[i]).tobytes() == codes.tobytes()
+            np.testing.assert_allclose(decoded[i].T, codes * scale / 127, rtol=1e-6)
+            error = np.abs(decoded[i].T - dense[f"{stem}.weight"].astype(np.float32))
+            assert (error <= scale / 127 * 0.51).all()
+    expected = load_model(FAMILIES / "source", dtype=jnp.float32)(TOKENS)
+    difference = np.linalg.norm(model(TOKENS) - expected)
+    assert difference <= 0.02 * np.linalg.norm(expected)
+
+
+def test_eight_bits_that_do_not_fit(tmp_path):
+    shutil.copytree(FAMILIES / "int8", tmp_path / "m")
+    tensors = tensors_of(tmp_path / "m")
+    for key, value, error, words in [
+        (
+            "SCB",
+            np.ones(9, np.float32),
+            ModelFileError,
+            r"SCB\) must be float32 \[96\]",
+        ),
+        ("weight", np.ones((96, 64), np.uint8), ModelFileError, "must be int8"),
+        ("weight_format", np.uint8([1]), NotImplementedError, r"is \[1\], a layout of"),
+    ]:
+        changed = tensors | {UP.format(0).replace("weight", key): value}
+        safetensors.numpy.save_file(changed, tmp_path / "m" / "model.safetensors")
+        with pytest.raises(error, match=words):
+            load_model(tmp_path / "m")
+
+
 def test_the_head_may_be_quantized_too(tmp_path):
     shutil.copytree(FAMILIES / "nf4_double", tmp_path / "m")
     tensors = tensors_of(tmp_path / "m")
@@ -168,8 +208,8 @@ def test_what_does_not_fit_is_named(tmp_path, change, error, words):
     [
         ({"quant_method": "gptq", "bits": 4}, "was quantized by 'gptq'; read are the"),
         (
-            {"quant_method": "bitsandbytes", "load_in_8bit": True},
-            "holds 8-bit weights of bitsandbytes; read are those of 4 bits",
+            {"quant_method": "fp8"},
+            "was quantized by 'fp8'; .* Take the model it was ma",
         ),
     ],
 )
