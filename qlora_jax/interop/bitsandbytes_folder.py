@@ -57,8 +57,8 @@ class BitsandbytesSource:
         form = self._files.read_any(name)
         if form.any():
             raise NotImplementedError(
-                f"{self}: {name} is {form.tolist()}, a layout of GPUs; read is 0, rows: "
-                "save it again with a newer bitsandbytes."
+                f"{self}: {name} is {form.tolist()}, a layout of GPUs; only 0 is "
+                "read: save it again with a newer bitsandbytes."
             )
 
     def __str__(self) -> str:
