@@ -12,6 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.signatures import import_checked
+
+SIGNATURES_ARE_CHECKED = import_checked()
+
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 DATA = pathlib.Path(

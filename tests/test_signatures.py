@@ -1,0 +1,17 @@
+import jax.numpy as jnp
+import pytest
+
+import qlora_jax as ql
+from tests.conftest import SIGNATURES_ARE_CHECKED
+
+
+@pytest.mark.skipif(
+    not SIGNATURES_ARE_CHECKED, reason="beartype or jaxtyping is not installed"
+)
+def test_shapes_and_types_are_checked():
+    import jaxtyping
+
+    with pytest.raises(jaxtyping.TypeCheckError, match="absmax"):
+        ql.quant.dequantize_blockwise(
+            jnp.zeros(64, jnp.uint8), jnp.zeros((1, 1)), "nf4", block_size=64
+        )
