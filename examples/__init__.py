@@ -1,0 +1,1 @@
+"""The public page of the library in use, one script a subject."""

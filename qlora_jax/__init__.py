@@ -1,6 +1,7 @@
 """QLoRA for JAX: finetune large language models on one GPU, the base in 4 bits."""
 
 from qlora_jax import data as data
+from qlora_jax import lora as lora
 from qlora_jax.callbacks import Callback as Callback
 from qlora_jax.callbacks import ProgressBar as ProgressBar
 from qlora_jax.generate import generate as generate
@@ -8,12 +9,16 @@ from qlora_jax.interop.hub import find_model as find_model
 from qlora_jax.interop.hub import load_model as load_model
 from qlora_jax.interop.peft import load_adapter as load_adapter
 from qlora_jax.interop.peft import save_adapter as save_adapter
+from qlora_jax.interop.save import save_model as save_model
 from qlora_jax.interop.tokenizer import load_tokenizer as load_tokenizer
+from qlora_jax.lora import AdapterBank as AdapterBank
 from qlora_jax.lora import LoraTensor as LoraTensor
 from qlora_jax.lora import add_lora as add_lora
+from qlora_jax.lora import combine_adapters as combine_adapters
 from qlora_jax.lora import join_trainable as join_trainable
 from qlora_jax.lora import merge_lora as merge_lora
 from qlora_jax.lora import split_trainable as split_trainable
+from qlora_jax.lora import unmerge_lora as unmerge_lora
 from qlora_jax.models.config import LlamaConfig as LlamaConfig
 from qlora_jax.models.llama import Llama as Llama
 from qlora_jax.optim import adam8bit as adam8bit

@@ -110,7 +110,8 @@ start = time.perf_counter()
 import qlora_jax
 print(time.perf_counter() - start)
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(sorted(new - set(sys.stdlib_module_names) - {"qlora_jax", "pallas_kernels"} - {"jax", "flax", "numpy", "optax"}))
+ours = {"qlora_jax", "pallas_kernels", "jax", "flax", "numpy", "optax"}
+print(sorted(new - set(sys.stdlib_module_names) - ours))
 from jax._src import xla_bridge
 print(len(xla_bridge._backends))
 """
