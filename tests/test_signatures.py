@@ -11,7 +11,8 @@ from tests.conftest import SIGNATURES_ARE_CHECKED
 def test_shapes_and_types_are_checked():
     import jaxtyping
 
-    with pytest.raises(jaxtyping.TypeCheckError, match="absmax"):
+    absmax = jnp.ones(1)
+    with pytest.raises(jaxtyping.TypeCheckError, match="codes"):
         ql.quant.dequantize_blockwise(
-            jnp.zeros(64, jnp.uint8), jnp.zeros((1, 1)), "nf4", block_size=64
+            jnp.zeros(64, jnp.int32), absmax, "int8", block_size=64
         )
