@@ -37,8 +37,8 @@ def select_layer(packed: PackedWeight) -> PackedWeight:
 def lookup(codes: jax.Array, codebook: tuple[float, ...], dtype=jnp.float32):
     """Returns `codebook[codes]`.
 
-    A GPU's gather of a 16-entry table reaches a quarter of the bandwidth that fifteen
-    selects do; a CPU prefers the gather.
+    By fifteen selects where the codes have 4 bits, since a GPU's gather of so small a
+    table is far from its bandwidth; on a CPU by the gather, which is faster there.
     """
 
     def gather(codes):

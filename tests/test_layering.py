@@ -106,9 +106,9 @@ IMPORT_CHECK = """
 import sys, time
 import flax.nnx, jax, numpy, optax  # what the import needs, and nothing else
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import qlora_jax
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 ours = {"qlora_jax", "pallas_kernels", "jax", "flax", "numpy", "optax"}
 print(sorted(new - set(sys.stdlib_module_names) - ours))
@@ -129,4 +129,4 @@ def test_import_is_light_and_touches_no_device():
     seconds, foreign, backends = run.stdout.splitlines()
     assert foreign == "[]", f"imported with qlora_jax, though not needed: {foreign}"
     assert backends == "0", "importing qlora_jax started a backend"
-    assert float(seconds) < 1.5  # what is ours; jax and flax take a second of their own
+    assert float(seconds) < 0.4  # what is ours, above the second of jax and flax

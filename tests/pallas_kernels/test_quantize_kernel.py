@@ -9,26 +9,10 @@ import pytest
 
 from pallas_kernels import quantize_kernel as kernels
 from pallas_kernels.packed import PackedSpec, PackedWeight
+from qlora_jax.quant import FORMATS
 from tests.pallas_kernels.emulator import Emulator
 
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+NF4 = FORMATS["nf4"].codebook
 _FP4 = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 FP4 = (*_FP4, *(-x for x in _FP4))
 INT4 = tuple(i / 8 for i in range(-8, 8))  # midpoints on the edges of intervals
