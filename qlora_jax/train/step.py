@@ -1,0 +1,99 @@
+"""The train step: one pure function, jitted once."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from qlora_jax.lora import join_trainable
+from qlora_jax.train.loss import next_token_loss_sum
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    Batch = Mapping[str, Any]  # of arrays, NumPy's or jax's, [batch, seq]
+    LossSum = Callable[[Any, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
+
+
+def make_train_step(
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    loss_sum: "LossSum" = next_token_loss_sum,
+) -> Callable[..., tuple[Any, Any, dict[str, "Float[Array, '']"]]]:
+    """Makes the jitted function that takes one optimizer step.
+
+        trainable, opt_state, metrics = step(trainable, opt_state, frozen, batch, key)
+
+    With accumulation a batch is computed in parts, one after another, and
+
+        gradient = sum over parts of d(loss_sum) / sum over parts of tokens
+
+    so that it is the gradient of the whole batch, however tokens fall into parts.
+
+    Args:
+        tx: the optimizer, plain or paged.
+        accumulate: the number of parts; it divides the rows of a batch.
+        loss_sum: (model, batch) -> summed loss, number of tokens.
+
+    Returns:
+        The step. `trainable` and `opt_state` are donated: use what it returns. Give
+        them `committed` the first time, or the second call compiles again.
+        `metrics` has `loss` (mean over the batch's tokens), `grad_norm` (before any
+        clip) and `target_tokens`. `key` is of dropout; None for none.
+    """
+
+    def summed(trainable, frozen, batch, key):
+        return loss_sum(join_trainable(trainable, frozen, key=key), batch)
+
+    gradient = jax.value_and_grad(summed, has_aux=True)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(trainable, opt_state, frozen, batch, key=None):
+        if accumulate == 1:
+            (loss, count), grads = gradient(trainable, frozen, batch, key)
+        else:
+            parts = jax.tree.map(functools.partial(_split_rows, accumulate), batch)
+
+            def add(carry, part_and_number):
+                part, number = part_and_number
+                own = None if key is None else jax.random.fold_in(key, number)
+                (loss, count), grads = gradient(trainable, frozen, part, own)
+                return jax.tree.map(jnp.add, carry, (loss, count, grads)), None
+
+            zeros = jax.tree.map(jnp.zeros_like, trainable)
+            start = (jnp.float32(0), jnp.float32(0), zeros)
+            parts = (parts, jnp.arange(accumulate))
+            (loss, count, grads), _ = lax.scan(add, start, parts)
+        count = jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        metrics = {
+            "loss": loss / count,
+            "grad_norm": optax.tree.norm(grads),
+            "target_tokens": count,
+        }
+        # Parameters before state: see the note on donation in optim/paged.py.
+        return trainable, opt_state, metrics
+
+    return step
+
+
+def _split_rows(parts: int, x: "Array") -> "Array":
+    if x.shape[0] % parts:
+        raise ValueError(f"A batch of {x.shape[0]} rows cannot be cut into {parts=}.")
+    return x.reshape(parts, -1, *x.shape[1:])
+
+
+def committed(tree: Any) -> Any:
+    """Returns the tree with every array bound to the device it is on.
+
+    What a step returns is bound, since paged state binds it; beginning with arrays that
+    are not would compile the step twice.
+    """
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), tree)

@@ -1,0 +1,21 @@
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from qlora_jax.models import Llama
+from qlora_jax.train import (
+    evaluate,
+    next_token_loss_sum,
+)
+from tests.train.tiny import CONFIG, batch
+
+
+def test_a_model_is_evaluated_with_adapters_or_without(model):
+    plain = Llama(CONFIG, rngs=nnx.Rngs(0))
+    parts = [batch(seed=0), batch(seed=1) | {"loss_mask": jnp.ones((4, 12))}]
+    sums = [next_token_loss_sum(plain, part) for part in parts]
+    expected = sum(float(s) for s, _ in sums) / sum(float(c) for _, c in sums)
+    assert evaluate(plain, parts) == pytest.approx(expected, rel=1e-6)
+    assert abs(evaluate(model, parts) - expected) < 0.1  # the base in 4 bits
+    with pytest.raises(ValueError, match="no token to predict"):
+        evaluate(plain, [])

@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qlora_jax.lora import split_trainable
+from qlora_jax.optim import paged
+from qlora_jax.quant import QuantizedTensor
+from qlora_jax.train import (
+    committed,
+    make_train_step,
+)
+from tests.train.tiny import adapted, batch
+
+
+def test_accumulation_is_normalised_over_all_tokens():
+    """Parts with few and with many tokens give the step of the whole batch."""
+    model = adapted(dropout=0)
+    uneven = batch() | {"loss_mask": jnp.ones((4, 12)).at[:2, 3:].set(0)}
+    tx = optax.sgd(1.0)
+
+    def run(parts):
+        trainable, frozen = split_trainable(model)
+        trainable = jax.tree.map(jnp.copy, trainable)
+        step = make_train_step(tx, accumulate=parts)
+        trainable, _, metrics = step(trainable, tx.init(trainable), frozen, uneven)
+        return trainable, metrics
+
+    (whole, expected), (parts, metrics) = run(1), run(4)
+    for name in ("loss", "grad_norm", "target_tokens"):
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        whole,
+        parts,
+    )
+    with pytest.raises(ValueError, match="4 rows cannot be cut into parts=3"):
+        run(3)
+
+
+def test_a_step_is_compiled_once_and_donates(model):
+    trainable, frozen = split_trainable(model)
+    trainable = committed(jax.tree.map(jnp.copy, trainable))
+    tx = paged(optax.adam(1e-3), min_size=0)
+    step = make_train_step(tx)
+    state = committed(tx.init(trainable))
+    for seed in range(3):
+        old = jax.tree.leaves(trainable)
+        key = jax.random.key(seed)
+        trainable, state, metrics = step(
+            trainable, state, frozen, batch(seed=seed), key
+        )
+        assert all(leaf.is_deleted() for leaf in old)
+    assert step._cache_size() == 1
+    assert np.isfinite(metrics["loss"])
+    host = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state) if leaf.ndim}
+    assert host == {"pinned_host"}
+
+
+def test_codes_stay_codes(model):
+    """The frozen part holds packed codes: no weight is dequantized for the gradient."""
+    _, (_, rest) = split_trainable(model)
+    held = jax.tree.leaves(rest, is_leaf=lambda x: isinstance(x, QuantizedTensor))
+    assert sum(isinstance(x, QuantizedTensor) for x in held) == 6
