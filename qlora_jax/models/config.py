@@ -17,14 +17,25 @@ class RopeScaling:
     """How the frequencies of the rotary embedding are stretched for long contexts.
 
     Attributes:
-        kind: a name in `ROPE_SCALINGS`: "linear", "llama3" or "factors".
-        factor: by how much the lowest frequencies are divided.
+        kind: a name in `ROPE_SCALINGS`: "linear", "dynamic", "yarn", "llama3" or
+            "factors".
+        factor: by how much the lowest frequencies are divided. "dynamic": by how many
+            times the context may grow for the stretch to grow as much.
         low_freq_factor: "llama3": wavelengths above `original_max_position` divided by
             this are divided by `factor`.
         high_freq_factor: "llama3": wavelengths below `original_max_position` divided by
             this stay.
         original_max_position: the context the model was pretrained with.
         factors: "factors": what each frequency is divided by, `head_dim / 2` numbers.
+        beta_fast: "yarn": frequencies that turn more often than this within
+            `original_max_position` stay.
+        beta_slow: "yarn": those that turn less often than this are divided by `factor`.
+        truncate: "yarn": the bounds between them are rounded outwards to whole pairs.
+        attention_factor: "yarn": what cosine and sine are multiplied by.
+
+    Raises:
+        NotImplementedError: if the kind is not known.
+        ValueError: if a number has no meaning.
     """
 
     kind: str
@@ -33,6 +44,10 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
     factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
 
     def __post_init__(self):
         if self.kind not in ROPE_SCALINGS:
@@ -40,10 +55,52 @@ class RopeScaling:
                 f"Rotary scaling {self.kind!r} is not known; known are "
                 f"{', '.join(sorted(ROPE_SCALINGS))}."
             )
+        for name in ("factor", "original_max_position", "attention_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be positive.")
+        for low, high in (
+            ("low_freq_factor", "high_freq_factor"),
+            ("beta_slow", "beta_fast"),
+        ):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                raise ValueError(
+                    f"{low}={getattr(self, low)!r} must be positive and below "
+                    f"{high}={getattr(self, high)!r}."
+                )
+        if any(not factor > 0 for factor in self.factors):
+            raise ValueError("Rotary factors must be positive.")
 
 
 def _linear(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return frequencies / scaling.factor
+
+
+def _dynamic(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    # Up to the original context nothing is stretched; see `rope_exponents`.
+    return frequencies
+
+
+def _yarn(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    # https://arxiv.org/abs/2309.00071, section 3.2, with the ramp over pairs of
+    # dimensions between those that turn beta_fast and beta_slow times.
+    pairs = len(frequencies)
+    # Frequency i is theta ** (-i / pairs), so i is -pairs log(frequency) / log(theta).
+    log_theta = -pairs * np.log(frequencies[1]) if pairs > 1 else 0.0
+    if not log_theta > 0:
+        raise ValueError("yarn takes rope_theta above 1 and head_dim above 2.")
+
+    def pair_that_turns(times: float) -> float:
+        frequency = 2 * np.pi * times / scaling.original_max_position
+        return -pairs * np.log(frequency) / log_theta
+
+    low = pair_that_turns(scaling.beta_fast)
+    high = pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    width = high - low or 0.001
+    ramp = np.clip((np.arange(pairs) - low) / width, 0, 1)
+    return frequencies * (1 - ramp + ramp / scaling.factor)
 
 
 def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -66,6 +123,8 @@ def _factors(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 ROPE_SCALINGS: dict[str, Callable[[np.ndarray, RopeScaling], np.ndarray]] = {
     "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
     "llama3": _llama3,
     "factors": _factors,
 }
@@ -144,6 +203,10 @@ class LlamaConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if self.head_dim % 2:
             raise ValueError(f"{self.head_dim=} must be even: rotation takes pairs.")
+        if not self.rope_theta > 0:
+            raise ValueError(f"{self.rope_theta=} must be positive.")
+        if self.is_rope_dynamic and self.head_dim == 2:
+            raise ValueError("Dynamic rotary scaling takes head_dim above 2.")
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Returns [in, out] of each linear weight of a layer, by its name."""
@@ -167,13 +230,36 @@ class LlamaConfig:
             + MLP_WEIGHTS * self.mlp_bias
         )
 
+    @property
+    def is_rope_dynamic(self) -> bool:
+        """Whether the frequencies depend on the length, see `rope_exponents`."""
+        return self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
+
+    def rope_exponents(self) -> np.ndarray:
+        """Returns how a document's length changes each frequency, if dynamic.
+
+        With M = `rope_scaling.original_max_position` a document of L tokens has
+
+            frequency[i] = rope_frequencies()[i] * stretch ** -exponent[i]
+            stretch = factor * max(L, M) / M - (factor - 1)
+
+        which is rope_theta times stretch ** (head_dim / (head_dim - 2)): the highest
+        frequency stays, the lowest is divided by the stretch.
+
+        Returns:
+            float32 [head_dim / 2], from 0 to 1.
+        """
+        pairs = np.arange(self.head_dim // 2, dtype=np.float32)
+        return 2 * pairs / np.float32(self.head_dim - 2)
+
     def rope_frequencies(self) -> np.ndarray:
         """Returns the angle by which each pair of dimensions turns a position.
 
             frequency[i] = rope_theta ** (-2 i / head_dim),  then stretched
 
         Returns:
-            float32 [head_dim / 2], in radians.
+            float32 [head_dim / 2], in radians; if `is_rope_dynamic`, those of a
+            document that is no longer than the original context.
         """
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
         frequencies = self.rope_theta**-exponents
@@ -199,17 +285,48 @@ def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     rope = _check_types(rope, _ROPE_TYPES)
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise NotImplementedError(
+            f"partial_rotary_factor={rope['partial_rotary_factor']!r}: only heads that "
+            "are rotated whole are supported."
+        )
     if kind == "default":
         return float(theta), None
-    original = rope.get("original_max_position_embeddings")
+    context = config.get("max_position_embeddings", 2048)
+    original = config.get("original_max_position_embeddings") or rope.get(
+        "original_max_position_embeddings"
+    )
+    if kind == "dynamic":
+        original = context  # as transformers has it, whatever the config says besides
+    original = original or context
+    ratio = context / original if kind == "yarn" and original > 0 else 1.0
+    factor = float(rope.get("factor", ratio))
     scaling = RopeScaling(
         kind=kind,
-        factor=float(rope.get("factor", 1.0)),
+        factor=factor,
         low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
         high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
-        original_max_position=original or config.get("max_position_embeddings", 2048),
+        original_max_position=original,
+        beta_fast=float(rope.get("beta_fast") or 32.0),
+        beta_slow=float(rope.get("beta_slow") or 1.0),
+        truncate=rope.get("truncate", True),
+        attention_factor=_attention_factor(rope, factor) if kind == "yarn" else 1.0,
     )
     return float(theta), scaling
+
+
+def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
+    """YaRN's factor of cosine and sine: as the config says, else by its formula."""
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+
+    def sharper(weight: float) -> float:
+        return 0.1 * weight * float(np.log(factor)) + 1.0 if factor > 1 else 1.0
+
+    mscale, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
+    if mscale and all_dims:
+        return sharper(mscale) / (sharper(all_dims) or 1.0)
+    return sharper(1.0)
 
 
 def _window_from_hf(config: Mapping[str, Any], architecture: str) -> int | None:
@@ -245,6 +362,7 @@ _HF_TYPES: dict[str, tuple[type, ...]] = {
     "num_key_value_heads": (int,),
     "head_dim": (int,),
     "max_position_embeddings": (int,),
+    "original_max_position_embeddings": (int,),
     "max_window_layers": (int,),
     "sliding_window": (int,),
     "rms_norm_eps": _NUMBER,
@@ -268,6 +386,13 @@ _ROPE_TYPES: dict[str, tuple[type, ...]] = {
     "low_freq_factor": _NUMBER,
     "high_freq_factor": _NUMBER,
     "original_max_position_embeddings": (int,),
+    "partial_rotary_factor": _NUMBER,
+    "beta_fast": _NUMBER,
+    "beta_slow": _NUMBER,
+    "mscale": _NUMBER,
+    "mscale_all_dim": _NUMBER,
+    "attention_factor": _NUMBER,
+    "truncate": (bool,),
 }
 # Beyond any model, and within what float32 and memory can hold.
 _LARGEST = 1e15
@@ -372,6 +497,19 @@ _HF_FIELDS = {
 }
 
 
+# The fields of a scaling besides its factor, by its kind.
+_ORIGINAL = {"original_max_position": "original_max_position_embeddings"}
+_HF_ROPE_FIELDS: dict[str, dict[str, str]] = {
+    "llama3": _ORIGINAL
+    | {name: name for name in ("low_freq_factor", "high_freq_factor")},
+    "yarn": _ORIGINAL
+    | {
+        name: name
+        for name in ("beta_fast", "beta_slow", "truncate", "attention_factor")
+    },
+}
+
+
 def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     """Returns the `config.json` of a model, in the form that transformers 4 and 5 read.
 
@@ -396,12 +534,8 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     hf["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos) or None
     if (scaling := config.rope_scaling) is not None:
         hf["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            hf["rope_scaling"] |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position,
-            }
+        fields = _HF_ROPE_FIELDS.get(scaling.kind, {})
+        hf["rope_scaling"] |= {name: getattr(scaling, f) for f, name in fields.items()}
     again = config_from_hf(hf)
     fields = [field.name for field in dataclasses.fields(config)]
     if lost := [f for f in fields if getattr(again, f) != getattr(config, f)]:

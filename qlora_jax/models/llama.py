@@ -126,6 +126,20 @@ def segment_positions(segment_ids: "Int[Array, 'b t']") -> "Int[Array, 'b t']":
     return index - lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
+def document_lengths(positions: "Int[Array, 'b t']") -> "Int[Array, 'b t']":
+    """Returns how many tokens the document of each token has, up to its last here.
+
+    A document ends where the next position is not the next number. Its length does not
+    depend on what else the row or the batch holds.
+    """
+    count = positions.shape[1]
+    goes_on = positions[:, 1:] == positions[:, :-1] + 1
+    index = jnp.arange(count, dtype=jnp.int32)
+    ends = jnp.where(jnp.pad(goes_on, ((0, 0), (0, 1))), count - 1, index)
+    last = lax.cummin(ends, axis=1, reverse=True)
+    return jnp.take_along_axis(positions, last, axis=1) + 1
+
+
 def attention(
     q: "Float[Array, 'b t h c']",
     k: "Float[Array, 'b t k c']",
@@ -428,6 +442,14 @@ class Llama(nnx.Module):
         return x, Cache(keys, values, cache.lengths + count)
 
     def _rotation(self, positions: "Int[Array, 'b t']") -> "Rotation":
-        frequencies = self.config.rope_frequencies()
+        frequencies = self.config.rope_frequencies()  # [c/2]
+        scaling = self.config.rope_scaling
+        if scaling is not None and self.config.is_rope_dynamic:
+            original = scaling.original_max_position
+            longer = jnp.maximum(document_lengths(positions), original) / original
+            stretch = scaling.factor * longer - (scaling.factor - 1)  # [b, t]
+            exponents = -self.config.rope_exponents()
+            frequencies = frequencies * stretch[..., None] ** exponents  # [b, t, c/2]
         angles = positions[..., None].astype(jnp.float32) * frequencies
-        return jnp.cos(angles), jnp.sin(angles)
+        factor = 1.0 if scaling is None else scaling.attention_factor
+        return jnp.cos(angles) * factor, jnp.sin(angles) * factor

@@ -66,16 +66,20 @@ def test_logits(name):
         check(logits[i, : len(ids)], expected)
         check(logits[i + 3, -len(ids) :], expected)
     check(logits[6], np.concatenate([expected for _, expected in rows]))
-    check(cached, rows[0][1])
+    # With dynamic scaling what is in a cache was turned at the length of its time.
+    in_parts = FAMILIES / name / "cached.npy"
+    check(cached, np.load(in_parts) if in_parts.exists() else rows[0][1])
 
 
 def test_every_family_is_here():
     assert NAMES == [
         "llama",
         "llama_bias",
+        "llama_dynamic",
         "llama_linear",
         "llama_llama3",
         "llama_tied",
+        "llama_yarn",
         "mistral",
         "qwen2",
         "qwen3",

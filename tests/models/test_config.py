@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.models import RopeScaling, config_from_hf
+from qlora_jax.models.config import config_to_hf
 from tests.interop.folders import FAMILIES, LLAMA
 
 
@@ -23,13 +24,65 @@ def test_llama3_scaling_of_the_frequencies():
     np.testing.assert_allclose(ratio[middle], expected, rtol=1e-5)
 
 
-def test_forms_of_transformers_4_and_5_agree():
-    four = config_from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": {
-        "rope_type": "linear", "factor": 2.0}})  # fmt: skip
-    five = config_from_hf(LLAMA | {"rope_parameters": {
-        "rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}})  # fmt: skip
-    assert four == five
-    assert four.rope_scaling == RopeScaling("linear", 2.0, original_max_position=128)
+SCALINGS = [
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}
+    | {"low_freq_factor": 1.0, "original_max_position_embeddings": 32},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: s["rope_type"])
+def test_forms_of_transformers_4_and_5_agree(scaling):
+    kind = scaling["rope_type"]
+    four = config_from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling})
+    five = config_from_hf(LLAMA | {"rope_parameters": scaling | {"rope_theta": 5e5}})
+    old = {"type": kind} | {k: v for k, v in scaling.items() if k != "rope_type"}
+    oldest = config_from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": old})
+    assert four == five == oldest
+    assert four.rope_theta == 5e5
+    assert four.rope_scaling is not None
+    assert (four.rope_scaling.kind, four.rope_scaling.factor) == (
+        kind,
+        scaling["factor"],
+    )
+    context = scaling.get("original_max_position_embeddings", 128)
+    assert four.rope_scaling.original_max_position == context
+    assert config_from_hf(config_to_hf(four)) == four
+
+
+def test_dynamic_scaling_is_that_of_the_length():
+    """Up to the original context nothing changes; then as if theta were another."""
+    hf = LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    config = config_from_hf(hf)
+    plain = config_from_hf(LLAMA)
+    np.testing.assert_array_equal(config.rope_frequencies(), plain.rope_frequencies())
+    stretch = 4 * 200 / 128 - 3
+    scaled = plain.rope_frequencies() * stretch ** -config.rope_exponents()
+    theta = 10000.0 * stretch ** (16 / 14)
+    expected = dataclasses.replace(plain, rope_theta=theta).rope_frequencies()
+    np.testing.assert_allclose(scaled, expected, rtol=1e-5)
+
+
+def test_yarn_keeps_fast_and_divides_slow_frequencies():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8}
+    scaling |= {"original_max_position_embeddings": 128}
+    config = config_from_hf(LLAMA | {"head_dim": 64, "rope_scaling": scaling})
+    plain = config_from_hf(LLAMA | {"head_dim": 64}).rope_frequencies()
+    ratio = config.rope_frequencies() / plain
+    turns = plain * 128 / (2 * np.pi)
+    np.testing.assert_allclose(ratio[turns > 8 * 1.4], 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[turns < 1 / 1.4], 1 / 4, rtol=1e-6)
+    assert np.all(np.diff(ratio) <= 0)
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.attention_factor == pytest.approx(1 + 0.1 * np.log(4))
+    explicit = scaling | {"mscale": 2.0, "mscale_all_dim": 1.0}
+    config = config_from_hf(LLAMA | {"rope_scaling": explicit})
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.attention_factor == pytest.approx(
+        (1 + 0.2 * np.log(4)) / (1 + 0.1 * np.log(4))
+    )
 
 
 def test_families_are_data():
@@ -62,9 +115,24 @@ def test_factors_of_a_file():
         ),
         ({"hidden_act": "gelu"}, NotImplementedError, "Activation 'gelu'"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
             NotImplementedError,
-            "Rotary scaling 'yarn' is not known; known are factors, linear, llama3",
+            "'longrope' is not known; known are dynamic, factors, linear, llama3, yarn",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 0.0}},
+            ValueError,
+            "factor=0.0 must be positive",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4.0}},
+            ValueError,
+            "low_freq_factor=4.0 must be positive and below high_freq_factor=4.0",
+        ),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            NotImplementedError,
+            "partial_rotary_factor=0.5",
         ),
         ({"vocab_size": None}, ValueError, "vocab_size=None must be a positive"),
     ],
