@@ -44,7 +44,8 @@ def make_train_step(
         The step. `trainable` and `opt_state` are donated: use what it returns. Give
         them `committed` the first time, or the second call compiles again.
         `metrics` has `loss` (mean over the batch's tokens), `grad_norm` (before any
-        clip) and `target_tokens`. `key` is of dropout; None for none.
+        clip; NaN if the loss is no number) and `target_tokens`. `key` is of dropout;
+        None for none.
     """
 
     def summed(trainable, frozen, batch, key):
@@ -70,7 +71,9 @@ def make_train_step(
             parts = (parts, jnp.arange(accumulate))
             (loss, count, grads), _ = lax.scan(add, start, parts)
         count = jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        # A loss that is no number makes the gradient none: see `skip_nonfinite`.
+        divisor = jnp.where(jnp.isfinite(loss), count, jnp.nan)
+        grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
         metrics = {

@@ -5,11 +5,12 @@ import optax
 import pytest
 
 from qlora_jax.lora import split_trainable
-from qlora_jax.optim import paged
+from qlora_jax.optim import paged, skip_nonfinite
 from qlora_jax.quant import QuantizedTensor
 from qlora_jax.train import (
     committed,
     make_train_step,
+    next_token_loss_sum,
 )
 from tests.train.tiny import adapted, batch
 
@@ -56,6 +57,28 @@ def test_a_step_is_compiled_once_and_donates(model):
     assert np.isfinite(metrics["loss"])
     host = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state) if leaf.ndim}
     assert host == {"pinned_host"}
+
+
+def test_a_loss_that_is_no_number_makes_no_step(model):
+    trainable, frozen = split_trainable(model)
+    before = [np.asarray(leaf) for leaf in jax.tree.leaves(trainable)]
+
+    def loss_sum(model, batch):
+        total, count = next_token_loss_sum(model, batch)
+        return total + jnp.log(batch["bad"]), count  # its gradient is finite
+
+    tx = skip_nonfinite(optax.adam(1e-2))
+    step = make_train_step(tx, loss_sum=loss_sum)
+    trainable, state = jax.tree.map(jnp.copy, trainable), tx.init(trainable)
+    for bad in (0.0, -1.0):
+        trainable, state, metrics = step(
+            trainable, state, frozen, batch() | {"bad": jnp.float32(bad)}
+        )
+        assert not np.isfinite(metrics["loss"])
+        assert np.isnan(metrics["grad_norm"])
+    assert state.skipped == 2
+    for a, b in zip(jax.tree.leaves(trainable), before, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_codes_stay_codes(model):
