@@ -17,7 +17,12 @@ ALLOWED = {
     "qlora_jax.optim": {"qlora_jax.quant"},
     "qlora_jax.sharding": set(),
     "qlora_jax.models": {"qlora_jax.sharding"},
-    "qlora_jax.interop": {"qlora_jax.models", "qlora_jax.lora", "qlora_jax.quant"},
+    "qlora_jax.interop": {
+        "qlora_jax.lora",
+        "qlora_jax.models",
+        "qlora_jax.quant",
+        "qlora_jax.sharding",
+    },
     "qlora_jax.data": set(),
     "qlora_jax.checkpoint": set(),
     "qlora_jax.memory": set(),

@@ -68,6 +68,10 @@ class BitsandbytesSource:
         """Returns the shape of every tensor by its name; of weights, as [out, in]."""
         return self._shapes
 
+    def nbytes(self, name: str) -> int:
+        """Returns how many bytes of the files one tensor takes, with its scales."""
+        return sum(map(self._files.nbytes, self._keys.get(name, [name])))
+
     def read(self, name: str) -> np.ndarray | QuantizedTensor:
         """Returns one tensor."""
         if name not in self._keys:

@@ -224,6 +224,10 @@ class GGUFSource:
         """Returns the shape of every tensor by its Hugging Face name."""
         return {hf: self.file.tensors[own].shape for hf, own in self._names.items()}
 
+    def nbytes(self, name: str) -> int:
+        """Returns how many bytes of the file one tensor takes."""
+        return self.file.tensors[self._names[name]].nbytes
+
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor; rows of q and k in Hugging Face's order."""
         tensor = self.file.read(self._names[name])

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from qlora_jax.interop.bitsandbytes_folder import open_folder
+from qlora_jax.interop.build import build_model
 from qlora_jax.interop.gguf import GGUFSource
 from qlora_jax.interop.safetensors import refuse_pickle
-from qlora_jax.interop.weights import ModelFileError, Source, build_model
+from qlora_jax.interop.weights import ModelFileError, Source
 from qlora_jax.models.llama import Llama
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
 
@@ -49,32 +51,49 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("QLORA_JAX_CACHE", default))
 
 
-def find_model(name: str | os.PathLike[str]) -> pathlib.Path:
+def find_model(
+    name: str | os.PathLike[str], revision: str | None = None
+) -> pathlib.Path:
     """Returns the folder or GGUF file of a model, downloaded if it must be.
 
     Args:
         name: a folder with `config.json`, a `.gguf` file, a name in `WHEEL_MODELS`, or
-            "owner/name" on the Hugging Face hub (needs `huggingface_hub`; its cache,
-            token and offline mode are honoured).
+            "owner/name" on the Hugging Face hub. That needs `huggingface_hub`, whose
+            settings are honoured: the cache ($HF_HOME), the token ($HF_TOKEN, or that
+            of `hf auth login`) and, with $HF_HUB_OFFLINE=1 or without a network, what
+            is in the cache.
+        revision: of a model on the hub: a branch, tag or commit; None: its main branch.
 
     Raises:
         ModelFileError: if there is no such model, or what arrived is not what it
             should be.
+        ValueError: if `revision` is given for what is not on the hub.
     """
     path = pathlib.Path(name).expanduser()
-    if path.is_dir() or path.is_file():
+    is_here = path.is_dir() or path.is_file()
+    if revision is not None and (is_here or str(name) in WHEEL_MODELS):
+        raise ValueError(
+            f"{revision=} is of models on the Hugging Face hub, and {name} is not one."
+        )
+    if is_here:
         return path
     if str(name) in WHEEL_MODELS:
         return _from_wheel(WHEEL_MODELS[str(name)])
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and path.suffix != ".gguf":
-        return _from_hub(str(name))
+        return _from_hub(str(name), revision)
     raise ModelFileError(
         f"There is no model at {name}. Give a folder with config.json, a .gguf file, a "
         f"hub name (owner/name), or one of {', '.join(WHEEL_MODELS)}."
     )
 
 
-def _from_hub(name: str) -> pathlib.Path:
+# What is taken of a repository on the hub: not the copies of the weights in other
+# formats that some hold beside (consolidated.safetensors, original/, onnx/, *.bin).
+_HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", "tokenizer.model"]
+_HUB_FILES += ["*.json", "*.jinja", "merges.txt"]
+
+
+def _from_hub(name: str, revision: str | None) -> pathlib.Path:
     try:
         import huggingface_hub
     except ImportError:
@@ -82,16 +101,26 @@ def _from_hub(name: str) -> pathlib.Path:
             f"{name} is no local path, and downloading needs huggingface_hub: "
             "pip install 'qlora-jax[train]'."
         ) from None
-    patterns = ["*.safetensors", "*.json", "*.jinja"]
     try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=_HUB_FILES,
+            ignore_patterns=["*/*"],
         )
     except Exception as error:  # whatever failed on the way, the user needs one line
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(
             f"{name} is neither a local path nor to be had from the hub: {reason}"
         ) from None
+    if not any(pathlib.Path(folder).glob("*.safetensors")):
+        raise ModelFileError(
+            f"{name} holds no model in safetensors. If its weights are pickled (.bin), "
+            "reading them can run code, so they are not read: if you trust them, "
+            "convert them where transformers is installed: AutoModelForCausalLM."
+            f"from_pretrained({name!r}).save_pretrained(folder)."
+        )
+    return pathlib.Path(folder)
 
 
 def _from_wheel(model: WheelModel) -> pathlib.Path:
@@ -146,6 +175,9 @@ def load_model(
     *,
     double_quant: bool = True,
     dtype: "DTypeLike" = jnp.bfloat16,
+    mesh: "Mesh | None" = None,
+    revision: str | None = None,
+    progress: bool | None = None,
 ) -> Llama:
     """Loads a model, quantizing its linear weights on the way if asked.
 
@@ -157,16 +189,26 @@ def load_model(
             bits) stay so, byte for byte. Embedding, head and norms are in `dtype`.
         double_quant: with `quantize`: quantize the scales of the blocks too.
         dtype: of what is not quantized, and of the computation.
+        mesh: put the model on several devices, each tensor as it is read; see
+            `qlora_jax.sharding`. The bytes are those of the model on one device.
+        revision: of a model on the hub: a branch, tag or commit.
+        progress: show bytes and the time that is left. None: a bar on a terminal, and
+            elsewhere a line every five seconds; False: nothing.
 
     Returns:
         The model; `.config` describes it.
 
     Raises:
         ModelFileError: if files are missing, damaged or inconsistent, named.
-        ValueError: if `quantize` asks for another format than the weights have.
+        ValueError: if `quantize` asks for another format than the weights have, or
+            the mesh has axes of unknown names.
         NotImplementedError: if the architecture is not supported, named.
     """
-    source = open_source(find_model(name))
     return build_model(
-        source, quantize=quantize, double_quant=double_quant, dtype=dtype
+        open_source(find_model(name, revision)),
+        quantize=quantize,
+        double_quant=double_quant,
+        dtype=dtype,
+        mesh=mesh,
+        progress=progress,
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,12 @@ _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FLOATING = ("F64", "F32", "F16", "BF16")
 _READ = (*_FLOATING, "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "BOOL")
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4} | {
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+}
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -117,6 +124,10 @@ class SafetensorsSource:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Returns the shape of every tensor by its name."""
         return self._shapes
+
+    def nbytes(self, name: str) -> int:
+        """Returns how many bytes of the files one tensor takes."""
+        return math.prod(self._shapes[name]) * _BYTES.get(self._types[name], 1)
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor.

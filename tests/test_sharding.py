@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from qlora_jax import sharding
+
+
+def test_the_mesh():
+    mesh = sharding.make_mesh(data=2, model=4)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "model": 4}
+    assert list(mesh.devices.flat) == jax.devices()
+    with pytest.raises(ValueError, match=r"data=1 x fsdp=3 x model=4 takes 12 devices"):
+        sharding.make_mesh(fsdp=3, model=4)
+    one = sharding.make_mesh(devices=jax.devices()[3:4])
+    assert list(one.devices.flat) == [jax.devices()[3]]
+
+
+def test_other_axes_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"axes \['data', 'tp'\]; \['tp'\] mean noth"):
+        sharding.checked(jax.make_mesh((2, 4), ("data", "tp")))
+    mesh = sharding.checked(jax.make_mesh((8,), ("model",)))
+    assert mesh.axis_types == (jax.sharding.AxisType.Auto,)
+
+
+@pytest.mark.parametrize(
+    "name, shape, stack, expected",
+    [
+        ("q_proj", (3, 64, 96), 1, P(None, "fsdp", "model")),
+        ("down_proj", (3, 96, 64), 1, P(None, "model", "fsdp")),
+        ("o_proj", (64, 64), 0, P("model", "fsdp")),
+        ("up_proj", (3, 64, 98), 1, P(None, "fsdp", None)),  # 98 over 4
+        ("gate_proj_bias", (3, 96), 1, P(None, "model")),
+        ("down_proj_bias", (3, 64), 1, P(None, None)),
+        ("input_layernorm", (3, 64), 1, P(None, None)),
+        ("embed", (259, 64), 0, P(None, "fsdp")),
+        ("lm_head", (64, 256), 0, P("fsdp", "model")),
+    ],
+)
+def test_the_rule_by_name(name, shape, stack, expected):
+    mesh = sharding.make_mesh(fsdp=2, model=4)
+    assert sharding.array_sharding(mesh, name, shape, stack).spec == expected
+
+
+def test_rows_of_a_batch():
+    mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+    tokens = jax.device_put(jnp.zeros((8, 5)), sharding.batch_sharding(mesh))
+    assert {shard.data.shape for shard in tokens.addressable_shards} == {(2, 5)}
+    alone = sharding.checked(jax.make_mesh((8,), ("model",)))
+    whole = jax.device_put(jnp.zeros((8, 5)), sharding.batch_sharding(alone))
+    np.testing.assert_array_equal(whole, 0)
+    assert whole.sharding.is_fully_replicated
