@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.lora.forms import KernelForm
 
@@ -299,7 +300,8 @@ def _low_rank(
     # The scale goes onto b in float32: one rounding, and no pass over the rows.
     a, b = a.astype(x.dtype), (b * scale).astype(x.dtype)
     if ids is None:
-        return project(dropped, a) @ b
+        # Thin, and what a policy of rematerialisation had better keep.
+        return checkpoint_name(project(dropped, a), "low_rank") @ b
     if ids.ndim == 0:
         a, b = one_of(a, b, ids)
         return project(dropped, a) @ b

@@ -11,7 +11,7 @@ value heads, c head dimension, s capacity of a cache, l layers, v vocabulary.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,16 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from qlora_jax.models.attention import attention
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.remat import Remat, run_layers
+from qlora_jax.models.stack import stack_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Array, Float, Int
 
     Rotation = tuple[Float[Array, "b t c/2"], Float[Array, "b t c/2"]]
     Attend = Callable[[Array, Array, Array], Array]
-
-Remat = Literal["none", "full", "attention", "offload"]
 
 
 @jax.tree_util.register_dataclass
@@ -140,97 +141,6 @@ def document_lengths(positions: "Int[Array, 'b t']") -> "Int[Array, 'b t']":
     return jnp.take_along_axis(positions, last, axis=1) + 1
 
 
-def attention(
-    q: "Float[Array, 'b t h c']",
-    k: "Float[Array, 'b t k c']",
-    v: "Float[Array, 'b t k c']",
-    *,
-    mask: "Bool[Array, 'b 1 t t'] | None",
-    window: int | None,
-) -> "Float[Array, 'b t h c']":
-    """Causal attention of a row over itself: cuDNN's where it can, else XLA's.
-
-    Args:
-        q: queries, rotated.
-        k: keys, rotated; `h` is a multiple of `k`.
-        v: values.
-        mask: which pairs belong together besides being causal; None for all.
-        window: how many last tokens a token sees, itself included; None for all.
-    """
-    # cuDNN's flash attention: NVIDIA GPUs, 16-bit, heads of 8 to 128 in steps of 8, and
-    # with a mask an even number of tokens.
-    dtype_fits = q.dtype in (jnp.bfloat16, jnp.float16)
-    head_fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    mask_fits = mask is None or q.shape[1] % 2 == 0
-    on_gpu = jax.default_backend() == "gpu"
-    flash = dtype_fits and head_fits and mask_fits and on_gpu
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn" if flash else "xla",
-    )
-
-
-def _rematerialise(body: Callable, remat: Remat) -> Callable:
-    # In a scan the backward is another loop, where nothing can be merged: no need to
-    # prevent common subexpressions.
-    policies = jax.checkpoint_policies
-    match remat:
-        case "none":
-            return body
-        case "full":
-            return jax.checkpoint(body, prevent_cse=False)
-        case "attention":
-            policy = policies.save_only_these_names("attention")
-        case "offload":
-            policy = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
-                names_which_can_be_offloaded=["layer_input"],
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
-        case _:
-            raise ValueError(f"{remat=} must be one of {', '.join(get_args(Remat))}.")
-    return jax.checkpoint(body, prevent_cse=False, policy=policy)
-
-
-def _stack_of(layers: nnx.Module) -> tuple[nnx.GraphDef, Any, Callable]:
-    """Splits stacked layers into what a scan slices and what it only indexes.
-
-    A weight that has views of a layer (`at_layer`) is not sliced: the kernel that
-    multiplies by it indexes the stack, which saves a copy of the layer in front of it.
-
-    Returns:
-        The graph, the tree to scan over, and the function from a slice of that tree to
-        the state of one layer.
-    """
-    graph, stacked = nnx.split(layers)
-
-    def is_variable(node):
-        return isinstance(node, nnx.Variable)
-
-    def is_indexed(variable):
-        return is_variable(variable) and hasattr(variable.get_value(), "at_layer")
-
-    variables, treedef = jax.tree.flatten(stacked, is_leaf=is_variable)
-    indexed = [v if is_indexed(v) else None for v in variables]
-    sliced = [None if is_indexed(v) else v for v in variables]
-    count = jax.tree.leaves(sliced)[0].shape[0]
-
-    def at_layer(index, slices):
-        layer = [
-            part if whole is None else whole.replace(whole.get_value().at_layer(index))
-            for part, whole in zip(slices, indexed, strict=True)
-        ]
-        return treedef.unflatten(layer)
-
-    return graph, (jnp.arange(count, dtype=jnp.int32), sliced), at_layer
-
-
 class Layer(nnx.Module):
     """The decoder layers: every parameter has a leading axis of `num_layers`.
 
@@ -275,13 +185,15 @@ class Layer(nnx.Module):
         eps = self.config.norm_eps
         normed = rms_norm(x, self.input_layernorm, eps)
         q, k, v = (self._heads(normed, name) for name in "qkv")
-        mixed = attend(rotate(q, rotation), rotate(k, rotation), v)
-        mixed = checkpoint_name(mixed, "attention")
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
+        mixed = checkpoint_name(attend(q, k, v), "attention")
         x = x + self._project(mixed.reshape(*x.shape[:-1], -1), "o_proj")
+        x = checkpoint_name(x, "residual")
         normed = rms_norm(x, self.post_attention_layernorm, eps)
-        gate = jax.nn.silu(self._project(normed, "gate_proj"))
-        inner = gate * self._project(normed, "up_proj")
-        return x + self._project(inner, "down_proj")
+        gate = checkpoint_name(self._project(normed, "gate_proj"), "gate_up")
+        up = checkpoint_name(self._project(normed, "up_proj"), "gate_up")
+        return x + self._project(jax.nn.silu(gate) * up, "down_proj")
 
 
 class Llama(nnx.Module):
@@ -338,6 +250,7 @@ class Llama(nnx.Module):
         positions: "Int[Array, 'b t'] | None" = None,
         *,
         remat: Remat = "none",
+        unroll: bool = False,
     ) -> "Float[Array, 'b t d']":
         """Returns the normalised last hidden state; `head` makes logits of it.
 
@@ -345,9 +258,10 @@ class Llama(nnx.Module):
             tokens: as in a call of the model.
             segment_ids: as in a call of the model.
             positions: as in a call of the model.
-            remat: what the backward recomputes: "none" keeps every activation, "full"
-                recomputes a layer from its input, "attention" keeps attention outputs
-                too, "offload" keeps layer inputs in host memory.
+            remat: what the backward recomputes, see `models.remat.Remat`.
+            unroll: compile the layers one by one instead of as one loop. Compiling
+                takes several times as long; a step without recomputation is faster,
+                since what a loop keeps for its backward is copied twice.
 
         Raises:
             ValueError: if `tokens` is not [b, t] or `remat` is unknown.
@@ -368,14 +282,13 @@ class Llama(nnx.Module):
         def attend(q, k, v):
             return attention(q, k, v, mask=mask, window=window)
 
-        graph, sliced, at_layer = _stack_of(self.layers)
+        graph, sliced, at_layer = stack_of(self.layers)
 
-        def body(x, layer):
-            x = checkpoint_name(x, "layer_input")
-            return nnx.merge(graph, at_layer(*layer))(x, rotation, attend), None
+        def layer(x, number_and_slices):
+            return nnx.merge(graph, at_layer(*number_and_slices))(x, rotation, attend)
 
         x = self.embed[...][tokens]
-        x, _ = lax.scan(_rematerialise(body, remat), x, sliced)
+        x = run_layers(layer, x, sliced, remat=remat, unroll=unroll)
         return rms_norm(x, self.norm, self.config.norm_eps)
 
     def head(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b v']":
@@ -420,7 +333,7 @@ class Llama(nnx.Module):
             mask &= seen > query - self.config.sliding_window
         rotation = self._rotation(positions)
         rows = jnp.arange(batch)[:, None]
-        graph, sliced, at_layer = _stack_of(self.layers)
+        graph, sliced, at_layer = stack_of(self.layers)
 
         def body(x, layer_and_cache):
             layer, keys, values = layer_and_cache

@@ -1,10 +1,15 @@
 """The hyperparameters of a run, and what may change when it is taken up again."""
 
 import dataclasses
+import math
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import optax
+
+from qlora_jax.lora import lora_plus
+from qlora_jax.optim import adamw8bit, lion8bit, skip_nonfinite
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -21,9 +26,11 @@ class TrainConfig:
         schedule: how it goes on after the warm-up: "constant", or to 0 at the last step
             along a line or a cosine.
         warmup_steps: it rises from 0 over so many steps.
-        b1: AdamW's decay of the mean.
-        b2: AdamW's decay of the square.
-        weight_decay: AdamW's.
+        algorithm: "adamw", or "adamw8bit" and "lion8bit" with states of 8 bits.
+        b1: its decay of the mean.
+        b2: its decay of the square; Lion's of the momentum.
+        weight_decay: its decoupled decay.
+        lora_plus: learning rate of the factor b over that of a; LoRA+ has 16.
         max_grad_norm: gradients of a larger global norm are scaled down to it.
         steps: optimizer steps.
         batch_size: rows of an optimizer step.
@@ -31,7 +38,13 @@ class TrainConfig:
         seq_len: tokens of a row.
         remat: what the backward recomputes, see `Llama.hidden`.
         chunk_size: tokens whose logits are in memory at a time.
+        ema: decay of a running mean of the adapters, as 0.999, which is then what is
+            evaluated and returned; 0 for none.
+        eval_every: optimizer steps between evaluations; 0 for none.
+        patience: stop after so many evaluations in a row without a lower loss; 0: never.
         save_every: optimizer steps between checkpoints.
+        keep: how many of the last checkpoints stay; the best one stays beside them.
+        max_skipped: stop when so many steps in a row had no finite gradient.
         seed: of the adapters, the order of the rows, and dropout.
 
     Raises:
@@ -44,9 +57,11 @@ class TrainConfig:
     learning_rate: float = 2e-4
     schedule: Schedule = "constant"
     warmup_steps: int = 0
+    algorithm: Literal["adamw", "adamw8bit", "lion8bit"] = "adamw"
     b1: float = 0.9
     b2: float = 0.999
     weight_decay: float = 0.0
+    lora_plus: float = 1.0
     max_grad_norm: float = 0.3
     steps: int = 1875
     batch_size: int = 16
@@ -54,22 +69,45 @@ class TrainConfig:
     seq_len: int = 512
     remat: Literal["none", "full", "attention", "offload"] = "full"
     chunk_size: int = 512
+    ema: float = 0.0
+    eval_every: int = 0
+    patience: int = 0
     save_every: int = 250
+    keep: int = 2
+    max_skipped: int = 5
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("rank", "steps", "batch_size", "accumulate", "seq_len"):
+        for name in _AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("chunk_size", "save_every", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
+        for name in ("alpha", "learning_rate", "max_grad_norm", "lora_plus"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        for name in ("dropout", "b1", "b2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
+        for name in ("weight_decay", "eval_every", "patience", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(hint) is not Literal:
+                continue
+            if getattr(self, name) not in (options := typing.get_args(hint)):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be one of "
+                    f"{', '.join(map(str, options))}."
+                )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"{self.batch_size=} must be a multiple of {self.accumulate=}."
             )
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"{self.warmup_steps=} must be at most {self.steps=}.")
+        if self.patience and not self.eval_every:
+            raise ValueError(
+                f"{self.patience=} counts evaluations: say how often by eval_every."
+            )
 
     def learning_rates(self) -> optax.Schedule:
         """Returns the learning rate as a function of the step, counted from 0."""
@@ -82,10 +120,6 @@ class TrainConfig:
                 after = optax.linear_schedule(peak, 0.0, rest)
             case "cosine":
                 after = optax.cosine_decay_schedule(peak, rest)
-            case _:
-                raise ValueError(
-                    f"{self.schedule=} must be one of constant, linear, cosine."
-                )
         if not self.warmup_steps:
             return after
         # The first step already moves: step i of the warm-up has rate (i + 1) / n.
@@ -94,15 +128,41 @@ class TrainConfig:
         return optax.join_schedules([rising, after], [n])
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Returns AdamW behind a clip of the global norm."""
-        adamw = optax.adamw(
-            self.learning_rates(), self.b1, self.b2, weight_decay=self.weight_decay
-        )
-        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw)
+        """Returns the optimizer behind a clip of the global norm.
+
+        It leaves out gradients that are no numbers, see `optim.skip_nonfinite`.
+        """
+        rates, decay = self.learning_rates(), self.weight_decay
+        match self.algorithm:
+            case "adamw":
+                inner = optax.adamw(rates, self.b1, self.b2, weight_decay=decay)
+            case "adamw8bit":
+                inner = adamw8bit(rates, self.b1, self.b2, weight_decay=decay)
+            case "lion8bit":
+                inner = lion8bit(rates, self.b1, self.b2, weight_decay=decay)
+        chain = [optax.clip_by_global_norm(self.max_grad_norm), inner]
+        if self.lora_plus != 1:
+            chain.append(lora_plus(self.lora_plus))
+        return skip_nonfinite(optax.chain(*chain))
 
 
-# What may change when a run is taken up again: it changes no number of it.
-_FREE = {"save_every", "remat", "chunk_size"}
+_AT_LEAST_1 = (
+    "rank", "steps", "batch_size", "accumulate", "seq_len", "chunk_size", "save_every",
+    "keep", "max_skipped",
+)  # fmt: skip
+# What may change when a run is taken up again: it changes no number of a step.
+_FREE = {
+    "remat", "chunk_size", "eval_every", "patience", "save_every", "keep",
+    "max_skipped",
+}  # fmt: skip
+
+
+def may_change(schedule: str) -> set[str]:
+    """Returns the settings of `TrainConfig` that a resumed run may have otherwise.
+
+    Without a schedule that ends at the last step, a run may be made longer.
+    """
+    return _FREE | ({"steps"} if schedule == "constant" else set())
 
 
 def check_same_run(saved: Mapping[str, Any], config: TrainConfig) -> None:
@@ -111,14 +171,13 @@ def check_same_run(saved: Mapping[str, Any], config: TrainConfig) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    now = dataclasses.asdict(config)
-    # Without a schedule that ends at the last step, a run may be made longer.
-    free = _FREE | ({"steps"} if config.schedule == "constant" else set())
-    changed = [
-        f"{name}={now[name]!r} (saved: {saved.get(name)!r})"
-        for name in now
-        if name not in free and now[name] != saved.get(name)
-    ]
+    free = may_change(config.schedule)
+    changed = []
+    for field in dataclasses.fields(TrainConfig):
+        # A run saved before there was such a setting was run with its default.
+        now, before = getattr(config, field.name), saved.get(field.name, field.default)
+        if field.name not in free and now != before:
+            changed.append(f"{field.name}={now!r} (saved: {before!r})")
     if changed:
         raise ValueError(
             f"The saved run has other settings: {', '.join(changed)}. Give the same "

@@ -1,13 +1,18 @@
 """The loop around the train step.
 
-It adds what is not pure: batches, callbacks, checkpoints; it never waits for the device
-except to hand out the numbers of the step before.
+It adds what is not pure: batches, callbacks, evaluation, checkpoints, signals; it never
+waits for the device except to hand out the numbers of the step before.
 """
 
+import contextlib
 import dataclasses
 import functools
+import math
+import os
+import pathlib
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,13 +22,18 @@ import optax
 
 from qlora_jax.callbacks import Callback, StepReport
 from qlora_jax.lora import join_trainable, split_trainable
+from qlora_jax.optim import SkipNonfiniteState
 from qlora_jax.run import Run
+from qlora_jax.throughput import flops_per_token, peak_flops
 from qlora_jax.train.config import TrainConfig, check_same_run
 from qlora_jax.train.loss import next_token_loss_sum
+from qlora_jax.train.progress import NonfiniteError, Progress
 from qlora_jax.train.step import committed, make_train_step
+from qlora_jax.train.stop import Interruption, Stopped, StopRequest
 
 if TYPE_CHECKING:
     Batch = Mapping[str, Any]  # of arrays, NumPy's or jax's, [batch, seq]
+    Evaluate = Callable[[Any], Mapping[str, Any]]
 
 
 def fit(
@@ -34,92 +44,248 @@ def fit(
     *,
     run: Run | None = None,
     callbacks: Sequence[Callback] = (),
+    evaluate: "Evaluate | None" = None,
 ) -> Any:
     """Trains the adapters of a model.
 
     With a `Run` it may be killed at any moment: called again in the same way it goes on
     from the last checkpoint, and every number is the one that an unbroken run gives.
+    SIGTERM and Ctrl-C end it after the step that is going on, the state saved.
+
+    A step whose loss or gradient is no finite number is not taken.
 
     Args:
         model: with adapters, see `add_lora`; it stays as it was.
         batches: gives `config.batch_size` rows at a time. With a `Run` its iterator
             has `get_state()` and `set_state(state)`, as `data.Batches` has.
         config: hyperparameters; those of LoRA have been used in `add_lora`.
-        tx: the optimizer; None for `config.optimizer()`.
+        tx: the optimizer; None for `config.optimizer()`. One of your own that should
+            outlive bad gradients is `paged(skip_nonfinite(inner))`.
         run: the folder where every step is written down, and the state is saved every
             `config.save_every` steps and at the end, and taken up from.
         callbacks: told about every step, as `ProgressBar()`.
+        evaluate: from a model to numbers, among them `eval_loss`; called every
+            `config.eval_every` steps and at the end. The checkpoint of the lowest
+            loss stays, and `config.patience` waits for a lower one.
 
     Returns:
-        The model with trained adapters.
+        The model with trained adapters (their running mean, with `config.ema`).
 
     Raises:
         ValueError: if the run was saved with other hyperparameters, another model or
             other data.
+        Stopped: after a signal; the state is saved.
+        NonfiniteError: if `config.max_skipped` steps in a row had no finite gradient
+            (the first one, for an optimizer without `skip_nonfinite`).
+        CheckpointError: if a checkpoint could not be written.
     """
-    tx = config.optimizer() if tx is None else tx
-    rates = config.learning_rates()
-    trainable, frozen = split_trainable(model)
-    trainable = committed(jax.tree.map(jnp.copy, trainable))  # the step donates it
-    opt_state = committed(tx.init(trainable))
-    iterator = iter(batches)
-    first = 0
-    if run is not None and run.checkpoints.latest() is not None:
-        saved = run.checkpoints.restore((trainable, opt_state))
-        check_same_run(saved.notes["config"], config)
-        trainable, opt_state = saved.tree
-        iterator.set_state(saved.notes["data"])  # pyright: ignore
-        first = saved.step
-    loss_sum = functools.partial(
-        next_token_loss_sum, remat=config.remat, chunk_size=config.chunk_size
-    )
-    step = make_train_step(tx, accumulate=config.accumulate, loss_sum=loss_sum)
-    dropout_key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    callbacks = [*callbacks, run.log] if run is not None else callbacks
-    for callback in callbacks:
-        callback.start(first, config.steps)
-    clock = time.perf_counter()
-    waiting: tuple[int, int, Any] | None = None
+    if evaluate is None and config.eval_every:
+        raise ValueError(f"{config.eval_every=} asks for evaluations: give evaluate=.")
+    loop = _Loop(model, batches, config, tx, run, callbacks, evaluate)
+    with StopRequest() if run is not None else contextlib.nullcontext() as stop:
+        loop.run_until(stop)
+    return loop.model()
 
-    def tell() -> None:
-        nonlocal clock
-        if waiting is None:
-            return
-        number, tokens, metrics = waiting
-        metrics = {name: float(value) for name, value in metrics.items()}  # waits
-        now = time.perf_counter()
-        report = StepReport(
-            step=number + 1,
-            steps=config.steps,
-            loss=metrics["loss"],
-            grad_norm=metrics["grad_norm"],
-            learning_rate=float(jnp.asarray(rates(number))),
-            tokens=tokens,
-            target_tokens=int(metrics["target_tokens"]),
-            seconds=now - clock,
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """A step that was handed to the device, its numbers not looked at yet."""
+
+    number: int
+    batch: "Batch"
+    metrics: Any
+
+
+class _Loop:
+    """The state of `fit`: arrays, position in the data, counts."""
+
+    def __init__(self, model, batches, config, tx, run, callbacks, evaluate):
+        self.config, self.folder, self.evaluate = config, run, evaluate
+        tx = config.optimizer() if tx is None else tx
+        trainable, self.frozen = split_trainable(model)
+        # Copies: the step donates them.
+        trainable = committed(jax.tree.map(jnp.copy, trainable))
+        arrays = [trainable, committed(tx.init(trainable))]
+        if config.ema:
+            arrays.append(jax.tree.map(jnp.copy, trainable))
+        self.arrays, self.progress, self.done = arrays, Progress(), 0
+        self.iterator = iter(batches)
+        self.saved: int | None = None
+        if run is not None:
+            self._take_up(run)
+        self.guarded = _is_guarded(self.arrays[1])
+        loss_sum = functools.partial(
+            next_token_loss_sum, remat=config.remat, chunk_size=config.chunk_size
         )
-        clock = now
-        for callback in callbacks:
-            callback.step(report)
+        self.step = make_train_step(tx, accumulate=config.accumulate, loss_sum=loss_sum)
+        self.dropout_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        self.callbacks = [*callbacks, run.log] if run is not None else callbacks
+        self.rates = _rates(config)
+        self.taken: _Taken | None = None
+        self.flops, self.peak = flops_per_token(model), peak_flops()
+        self.clock = time.perf_counter()
 
-    for number in range(first, config.steps):
-        batch = {name: np.asarray(value) for name, value in next(iterator).items()}
-        key = jax.random.fold_in(dropout_key, number) if config.dropout else None
-        trainable, opt_state, metrics = step(trainable, opt_state, frozen, batch, key)
-        # The numbers of the step before are ready by now, or soon: the device computes
-        # this step while they are handed out.
-        tell()
-        waiting = (number, batch["tokens"].size, metrics)
-        done = number + 1
-        if run is not None and (done % config.save_every == 0 or done == config.steps):
-            tell()
-            waiting = None
-            notes = {
-                "config": dataclasses.asdict(config),
-                "data": iterator.get_state(),  # pyright: ignore
-            }
-            run.checkpoints.save(done, (trainable, opt_state), notes)
-    tell()
-    for callback in callbacks:
-        callback.end()
-    return join_trainable(trainable, frozen)
+    def _take_up(self, run: Run) -> None:
+        run.checkpoints.keep = self.config.keep
+        if run.checkpoints.latest() is None:
+            run.checkpoints.check_room(self.arrays)
+            return
+        saved = run.checkpoints.restore(self.arrays)
+        check_same_run(saved.notes["config"], self.config)
+        self.iterator.set_state(saved.notes["data"])
+        self.progress = Progress(**saved.notes["progress"])
+        self.arrays, self.done, self.saved = saved.tree, saved.step, saved.step
+
+    def model(self) -> Any:
+        """Returns the model as it is evaluated and returned."""
+        return join_trainable(self.arrays[-1 if self.config.ema else 0], self.frozen)
+
+    def run_until(self, stop: StopRequest | None) -> None:
+        """Trains to the end, or to a signal."""
+        for callback in self.callbacks:
+            callback.start(self.done, self.config.steps)
+        self.clock = time.perf_counter()
+        try:
+            # It may have been stopped while it evaluated.
+            self._evaluate_if_due(stop)
+            while not self._is_over():
+                self._advance()
+                if self._is_due(self.config.eval_every) and self.config.eval_every:
+                    self._evaluate_if_due(stop)
+                if self._is_due(self.config.save_every) or self._is_over():
+                    self._save()
+                if stop is not None and stop.signal is not None:
+                    raise Interruption
+            self._tell()
+        except Interruption:
+            assert stop is not None and stop.signal is not None
+            self._save()
+            self._wait()
+            for callback in self.callbacks:
+                callback.end()
+            raise Stopped(self.done, self.folder.folder, stop.signal) from None
+        self._wait()
+        for callback in self.callbacks:
+            callback.end()
+
+    def _is_over(self) -> bool:
+        patience = self.config.patience
+        no_better = patience > 0 and self.progress.without >= patience
+        return self.done >= self.config.steps or no_better
+
+    def _is_due(self, every: int) -> bool:
+        return self.done == self.config.steps or (every and self.done % every == 0)
+
+    def _advance(self) -> None:
+        """Hands a step to the device, and meanwhile tells of the one before."""
+        batch = {k: np.asarray(v) for k, v in next(self.iterator).items()}
+        key = None
+        if self.config.dropout:
+            key = jax.random.fold_in(self.dropout_key, self.done)
+        trainable, state, metrics = self.step(*self.arrays[:2], self.frozen, batch, key)
+        average = self.arrays[2:]
+        if average:
+            average = [_running_mean(average[0], trainable, self.config.ema)]
+        self.arrays = [trainable, state, *average]
+        self._tell()
+        self.taken = _Taken(self.done, batch, metrics)
+        self.done += 1
+
+    def _tell(self) -> None:
+        """Hands out the numbers of the step that was taken last; waits for them."""
+        if self.taken is None:
+            return
+        taken, self.taken = self.taken, None
+        numbers = {k: float(v) for k, v in jax.device_get(taken.metrics).items()}
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.progress.took(finite=math.isfinite(numbers["grad_norm"]))
+        tokens = taken.batch["tokens"].size
+        report = StepReport(
+            step=taken.number + 1,
+            steps=self.config.steps,
+            loss=numbers["loss"],
+            grad_norm=numbers["grad_norm"],
+            learning_rate=float(self.rates[taken.number]),
+            tokens=tokens,
+            target_tokens=int(numbers["target_tokens"]),
+            seconds=seconds,
+            skipped=self.progress.skipped,
+            mfu=self.peak and self.flops * tokens / max(seconds, 1e-9) / self.peak,
+        )
+        for callback in self.callbacks:
+            callback.step(report)
+        allowed = self.config.max_skipped if self.guarded else 1
+        if self.progress.in_a_row >= allowed:
+            raise _nonfinite(report, taken.batch, self.progress.in_a_row, self.folder)
+
+    def _evaluate_if_due(self, stop: StopRequest | None) -> None:
+        due = self.evaluate is not None and self.config.eval_every and self.done
+        if not due or not self._is_due(self.config.eval_every):
+            return
+        if self.progress.evaluated == self.done:
+            return
+        self._tell()
+        with stop.at_once() if stop is not None else contextlib.nullcontext():
+            model = self.model()
+            numbers = dict(self.evaluate(model))
+        best = self.progress.found(self.done, float(numbers["eval_loss"]))
+        for callback in self.callbacks:
+            callback.evaluated(self.done, numbers, model, best)
+        self.clock = time.perf_counter()
+        if best:
+            self._save()
+
+    def _save(self) -> None:
+        if self.folder is None or self.saved == self.done:
+            return
+        self._tell()
+        notes = {
+            "config": dataclasses.asdict(self.config),
+            "data": self.iterator.get_state(),
+            "progress": dataclasses.asdict(self.progress),
+        }
+        self.folder.checkpoints.save(
+            self.done, self.arrays, notes, best=self.progress.best_step
+        )
+        self.saved = self.done
+
+    def _wait(self) -> None:
+        if self.folder is not None:
+            self.folder.checkpoints.wait()
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _running_mean(mean: Any, new: Any, decay: float) -> Any:
+    return optax.incremental_update(new, mean, 1 - decay)
+
+
+def _rates(config: TrainConfig) -> np.ndarray:
+    """Returns the learning rates of all steps, so that no step has to ask for its."""
+    rates = jax.vmap(config.learning_rates())(jnp.arange(config.steps))
+    return np.asarray(rates)
+
+
+def _is_guarded(state: Any) -> bool:
+    def is_guard(node):
+        return isinstance(node, SkipNonfiniteState)
+
+    return any(map(is_guard, jax.tree.leaves(state, is_leaf=is_guard)))
+
+
+def _nonfinite(
+    report: StepReport, batch: "Batch", in_a_row: int, run: Run | None
+) -> NonfiniteError:
+    """Writes the batch down, and returns the error that names the file."""
+    folder = pathlib.Path(tempfile.gettempdir()) if run is None else run.folder
+    path = folder / f"nonfinite_step_{report.step}.npz"
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        np.savez(file, **batch)
+    os.replace(partial, path)
+    return NonfiniteError(
+        f"{in_a_row} steps in a row had no finite gradient, the last one step "
+        f"{report.step} (loss {report.loss}, gradient norm {report.grad_norm}). They "
+        f"were not taken. The batch is in {path}. A lower learning rate, or a look at "
+        "those rows, may help."
+    )

@@ -1,0 +1,270 @@
+"""Times the whole QLoRA step, from batch to updated adapters, on one GPU.
+
+    python -m benchmarks.finetune              Llama-3-8B, every row of the table
+    python -m benchmarks.finetune --only none  rows whose name has that in it
+    python -m benchmarks.finetune --layers 4   a trial: fewer layers
+
+Adapters of rank 64 on all linear layers, weights random. Each row is a process of its
+own, so that the peak is that of the row. Prints a table, writes
+benchmarks/results/finetune.json.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Attributes:
+        name: of the row.
+        batch: rows of a step.
+        seq: tokens of a row.
+        remat: what the backward recomputes, see `Llama.hidden`.
+        unroll: whether layers are compiled one by one.
+        optimizer: "adamw", "paged" or "lean" (paged, with the masters in the state).
+        accumulate: in how many parts the rows are computed.
+        model: a name in `models.SHAPES`.
+        chunk_size: tokens whose logits are in memory at a time.
+        steps: of the timed region.
+        layers: how many; None for those of the model.
+        profile: a folder for a trace of one step.
+    """
+
+    name: str
+    batch: int
+    seq: int
+    remat: str
+    optimizer: str = "adamw"
+    unroll: bool = False
+    accumulate: int = 1
+    model: str = "Llama-3-8B"
+    chunk_size: int = 2048
+    steps: int = 5
+    layers: int | None = None
+    profile: str | None = None
+
+
+CASES = [
+    Case("none 4x2048", 4, 2048, "none", unroll=True),
+    Case("full 4x2048", 4, 2048, "full"),
+    Case("offload 4x2048", 4, 2048, "offload", chunk_size=512),
+    Case("attention 4x2048", 4, 2048, "attention"),
+    Case("device 1x512", 1, 512, "none", unroll=True, chunk_size=512, steps=20),
+    Case("paged 1x512", 1, 512, "full", "paged", chunk_size=128, steps=20),
+    Case("accumulated 16x2048", 16, 2048, "none", unroll=True, accumulate=4, steps=3),
+    Case(
+        "accumulated paged 16x2048",
+        *(16, 2048, "none", "paged"),
+        unroll=True,
+        accumulate=4,
+        steps=3,
+    ),
+]
+
+
+def optimizer(name: str):
+    """The optimizer of a case, and the type of the adapters that it trains."""
+    import jax.numpy as jnp
+    import optax
+
+    import qlora_jax as ql
+
+    adamw = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(2e-4, b2=0.999))
+    match name:
+        case "adamw":
+            return adamw, jnp.float32
+        case "paged":
+            return ql.paged(adamw), jnp.float32
+        case "lean":
+            return ql.paged(ql.with_master(adamw)), jnp.bfloat16
+    raise ValueError(f"{name!r} must be adamw, paged or lean.")
+
+
+def flops_a_token(config, rank: int, seq: int) -> float:
+    """What a step must compute for a token, recomputation not counted.
+
+    Two passes over each frozen number (forward, and the gradient of its input), three
+    over each trained one, and causal attention: a query sees half of the row.
+    """
+    frozen = sum(k * n for k, n in config.linear_shapes().values())
+    trained = sum(rank * (k + n) for k, n in config.linear_shapes().values())
+    attention = config.num_heads * config.head_dim * seq  # q @ k and p @ v, halved
+    layers = config.num_layers * (4 * frozen + 6 * trained + 3 * 2 * attention)
+    return layers + 4 * config.vocab_size * config.hidden_size
+
+
+def measure(case: Case) -> dict:
+    """Runs one case in this process."""
+    import functools
+    import time
+
+    import jax
+
+    import qlora_jax as ql
+    from benchmarks import models
+    from qlora_jax.train import committed, next_token_loss_sum
+
+    config = models.SHAPES[case.model]
+    if case.layers:
+        config = dataclasses.replace(config, num_layers=case.layers)
+    tx, dtype = optimizer(case.optimizer)
+    rank = 64
+    model = ql.add_lora(
+        models.random_model(config),
+        rank=rank,
+        alpha=16,
+        key=jax.random.key(0),
+        dtype=dtype,
+    )
+    trainable, frozen = committed(ql.split_trainable(model))
+    del model
+    state = committed(tx.init(trainable))
+    loss_sum = functools.partial(
+        next_token_loss_sum,
+        remat=case.remat,
+        unroll=case.unroll,
+        chunk_size=case.chunk_size,
+    )
+    step = ql.make_train_step(tx, accumulate=case.accumulate, loss_sum=loss_sum)
+    shape = (case.batch, case.seq)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
+    batch = committed({"tokens": tokens})
+    start = time.perf_counter()
+    compiled = step.lower(trainable, state, frozen, batch).compile()
+    compile_s = time.perf_counter() - start
+    losses = []
+    for _ in range(3):
+        trainable, state, metrics = compiled(trainable, state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    start = time.perf_counter()
+    for _ in range(case.steps):
+        trainable, state, metrics = compiled(trainable, state, frozen, batch)
+    losses.append(float(metrics["loss"]))  # waits
+    seconds = (time.perf_counter() - start) / case.steps
+    if not losses[-1] < losses[0]:  # nor if it is not a number
+        raise ValueError(f"The loss of a repeated batch did not fall: {losses}.")
+    device = jax.devices()[0]
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    if case.profile:
+        with jax.profiler.trace(case.profile):
+            jax.block_until_ready(compiled(trainable, state, frozen, batch))
+    tokens_per_s = case.batch * case.seq / seconds
+    flops = flops_a_token(config, rank, case.seq) * tokens_per_s
+    return {
+        **dataclasses.asdict(case),
+        "tokens_per_s": tokens_per_s,
+        "step_ms": seconds * 1e3,
+        "peak_gb": peak / 1e9,
+        "compile_s": compile_s,
+        "mfu": flops / PEAK_FLOPS.get(device.device_kind, float("nan")),
+        "losses": losses,
+        "machine": device.device_kind,
+        "jax": jax.__version__,
+    }
+
+
+def in_process(case: Case, *, memory_cap_gb: float | None = None) -> dict:
+    """Runs one case in a process of its own, under a cap of the device's memory.
+
+    Raises:
+        RuntimeError: with the end of its output, if it failed.
+    """
+    environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    if memory_cap_gb is not None:
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(memory_cap_gb / total_gb())
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.finetune", "--case"),
+            json.dumps(dataclasses.asdict(case)),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def total_gb() -> float:
+    """The memory of the first GPU, in 1e9 bytes."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    return float(text.splitlines()[0]) * 2**20 / 1e9
+
+
+HEADER = (
+    f"{'':<26} {'model':<12} {'remat':<9} {'optimizer':<9} {'tokens/s':>9} "
+    f"{'ms':>8} {'GB':>6} {'MFU':>5} {'compile':>7}"
+)
+
+
+def line(row: dict) -> str:
+    """A row of the printed table."""
+    return (
+        f"{row['name']:<26} {row['model']:<12} {row['remat']:<9} "
+        f"{row['optimizer']:<9} {row['tokens_per_s']:>9,.0f} {row['step_ms']:>8.1f} "
+        f"{row['peak_gb']:>6.2f} {row['mfu']:>5.2f} {row['compile_s']:>6.0f}s"
+    )
+
+
+def write(rows: list[dict], name: str) -> pathlib.Path:
+    """Writes `benchmarks/results/<name>.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    kept = [
+        {k: v for k, v in row.items() if k not in ("machine", "jax")} for row in rows
+    ]
+    document = {
+        "machine": rows[0]["machine"],
+        "jax": rows[0]["jax"],
+        "date": datetime.date.today().isoformat(),
+        "rows": kept,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times the QLoRA step.")
+    parser.add_argument("--only", default="", help="rows whose name has this in it")
+    parser.add_argument("--layers", type=int, help="a trial with so many layers")
+    parser.add_argument("--profile", help="write a trace of a step of each row there")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(Case(**json.loads(arguments.case)))))
+        return
+    rows = []
+    print(HEADER, flush=True)
+    for case in CASES:
+        if arguments.only not in case.name:
+            continue
+        case = dataclasses.replace(case, layers=arguments.layers)
+        if arguments.profile:
+            folder = pathlib.Path(arguments.profile) / case.name.replace(" ", "-")
+            case = dataclasses.replace(case, profile=str(folder))
+        try:
+            rows.append(in_process(case))
+        except RuntimeError as error:
+            print(f"{case.name}: failed\n{error}", flush=True)
+            continue
+        print(line(rows[-1]), flush=True)
+    if rows and not arguments.layers:
+        print(write(rows, "finetune"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What the backward pass recomputes, and how layers follow each other."""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+# What is kept of a layer for the backward pass; the rest is recomputed.
+#   none       what products and attention give, so that nothing that takes long is
+#              computed twice: norms, rotations and the gate's nonlinearity are
+#   full       its input
+#   attention  its input and what attention gives
+#   offload    its input, in the host's memory
+Remat = Literal["none", "full", "attention", "offload"]
+
+# Names that a layer gives by `checkpoint_name`. "low_rank" is what an adapter's first
+# product gives; it is thin.
+_ATTENTION = ("attention",)
+_EXPENSIVE = ("qkv", "attention", "residual", "gate_up", "low_rank")
+
+Layer = Callable[[Any, Any], Any]
+
+
+def run_layers(layer: Layer, x: Any, stack: Any, *, remat: Remat, unroll: bool) -> Any:
+    """Applies stacked layers one after another.
+
+    Args:
+        layer: (x, slice of the stack) -> x.
+        x: the input of the first one.
+        stack: a tree of arrays [layers, ...].
+        remat: what is kept for the backward.
+        unroll: whether each layer is compiled by itself; else they are one loop.
+
+    Raises:
+        ValueError: if `remat` is unknown.
+    """
+
+    def named(x, slices):
+        return layer(checkpoint_name(x, "layer_input"), slices)
+
+    # In a loop the backward is another loop, where nothing can be merged with the
+    # forward: no need to prevent common subexpressions.
+    body = _rematerialised(named, remat, prevent_cse=unroll)
+    if not unroll:
+        return lax.scan(lambda x, slices: (body(x, slices), None), x, stack)[0]
+    leaves, treedef = jax.tree.flatten(stack)
+    for slices in zip(*map(_unstacked, leaves), strict=True):
+        x = body(x, treedef.unflatten(slices))
+    return x
+
+
+def _unstacked(x: jax.Array) -> list[jax.Array]:
+    """Slices of the first axis, whose gradients are put together by one copy."""
+    return [part[0] for part in lax.split(x, [1] * x.shape[0])]
+
+
+def _rematerialised(layer: Layer, remat: Remat, *, prevent_cse: bool) -> Layer:
+    match remat:
+        case "none":
+            policy = _keep(_EXPENSIVE)
+        case "full":
+            policy = None
+        case "attention":
+            policy = _keep(_ATTENTION)
+        case "offload":
+            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=["layer_input"],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        case _:
+            raise ValueError(f"{remat=} must be one of {', '.join(get_args(Remat))}.")
+    return jax.checkpoint(layer, prevent_cse=prevent_cse, policy=policy)
+
+
+def _keep(names: tuple[str, ...]) -> Callable[..., bool]:
+    """A policy that keeps values of these names, and all that cuDNN's attention gives.
+
+    Beside its output that is a sum for each query, without which the backward would
+    compute the attention again.
+    """
+    by_name = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def policy(primitive, *args, **params) -> bool:
+        attention = primitive.name.startswith("dot_product_attention_fwd")
+        return attention or bool(by_name(primitive, *args, **params))
+
+    return policy

@@ -1,0 +1,139 @@
+"""Cross entropy over a large vocabulary, its gradient computed in the same pass."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+    Head = Callable[[Float[Array, "chunk d"]], Float[Array, "chunk v"]]
+
+
+def chunked_cross_entropy(
+    head: "Head",
+    hidden: "Float[Array, 't d']",
+    targets: "Int[Array, 't']",
+    weights: "Float[Array, 't']",
+    chunk_size: int,
+) -> "Float[Array, '']":
+    """Returns the weighted sum of -log softmax(head(hidden))[targets].
+
+    A chunk of tokens at a time: [t, v] logits are never whole in memory. Where the sum
+    is differentiated, the gradient of a chunk is computed while its logits are there,
+    so that the head is multiplied by once forward and once backward; what is kept is
+    the gradient with respect to `hidden`, in its type, and, only if it is asked for,
+    the one with respect to what `head` holds, in float32.
+
+    Tokens of weight 0 are sorted to the end, and chunks without any other are skipped:
+    prompts and padding are most of an instruction batch.
+
+    Args:
+        head: from hidden states to float32 logits; it may close over parameters.
+        hidden: hidden states.
+        targets: the id to be predicted from each.
+        weights: what each counts, float32.
+        chunk_size: tokens in a chunk.
+
+    Raises:
+        ValueError: if `chunk_size` is not positive.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"{chunk_size=} must be at least 1.")
+    order = jnp.argsort(weights == 0, stable=True)
+    padding = -targets.size % chunk_size
+
+    def sorted_chunks(x: "Array") -> "Array":
+        x = jnp.pad(x[order], (0, padding))
+        return x.reshape(-1, chunk_size)
+
+    # Parameters that the head holds become arguments: they may be differentiated.
+    example = jax.ShapeDtypeStruct((chunk_size, hidden.shape[1]), hidden.dtype)
+    pure_head, held = jax.closure_convert(head, example)
+    targets, weights = sorted_chunks(targets), sorted_chunks(weights)
+    return _cross_entropy(pure_head, hidden, held, order, targets, weights)
+
+
+def _chunk_loss(head: Any, x: Any, held: Any, target: Any, weight: Any) -> Any:
+    logits = head(x, *held)  # float32 [chunk, v]
+    picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(head, hidden, held, order, targets, weights):
+    total, _ = _scan_chunks(
+        lambda x, target, weight: (_chunk_loss(head, x, held, target, weight), ()),
+        hidden,
+        order,
+        targets,
+        weights,
+        jnp.float32(0),
+    )
+    return total
+
+
+def _cross_entropy_fwd(head, hidden, held, order, targets, weights):
+    held_values = [leaf.value for leaf in held]
+    wanted = [i for i, leaf in enumerate(held) if leaf.perturbed]
+    if not (wanted or hidden.perturbed):
+        values = (x.value for x in (order, targets, weights))
+        return _cross_entropy(head, hidden.value, held_values, *values), None
+    order, targets, weights = order.value, targets.value, weights.value
+
+    def chunk(x, target, weight):
+        def loss(x, parameters):
+            full = list(held_values)
+            for i, parameter in zip(wanted, parameters, strict=True):
+                full[i] = parameter
+            return _chunk_loss(head, x, full, target, weight)
+
+        parameters = [held_values[i] for i in wanted]
+        total, (dx, gradients) = jax.value_and_grad(loss, (0, 1))(x, parameters)
+        return (total, [g.astype(jnp.float32) for g in gradients]), dx
+
+    zeros = [jnp.zeros(held_values[i].shape, jnp.float32) for i in wanted]
+    (total, gradients), dx = _scan_chunks(
+        chunk, hidden.value, order, targets, weights, (jnp.float32(0), zeros)
+    )
+    # Back into the order of the tokens: a gather, where a scatter would add.
+    dx = dx.reshape(-1, dx.shape[-1])[jnp.argsort(order)]
+    gradients = [
+        g.astype(held_values[i].dtype) for i, g in zip(wanted, gradients, strict=True)
+    ]
+    filled = dict(zip(wanted, gradients, strict=True))
+    return total, (dx, [filled.get(i) for i in range(len(held))])
+
+
+def _cross_entropy_bwd(head, residuals, ct):
+    del head
+    if residuals is None or isinstance(ct, SymbolicZero):
+        return None, None, None, None, None
+    dx, gradients = residuals
+    gradients = [None if g is None else g * ct.astype(g.dtype) for g in gradients]
+    return dx * ct.astype(dx.dtype), gradients, None, None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd, symbolic_zeros=True)
+
+
+def _scan_chunks(chunk, hidden, order, targets, weights, zero):
+    """Adds up what `chunk(x, target, weight)` gives first, and stacks the second."""
+    chunks, size = targets.shape
+    indices = jnp.pad(order, (0, chunks * size - order.size)).reshape(chunks, size)
+
+    def step(total, rows):
+        index, target, weight = rows
+        x = hidden[index]
+        shapes = jax.eval_shape(chunk, x, target, weight)
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        counts = jnp.any(weight != 0)
+        new, kept = lax.cond(counts, lambda: chunk(x, target, weight), lambda: nothing)
+        return jax.tree.map(jnp.add, total, new), kept
+
+    return lax.scan(step, zero, (indices, targets, weights))
