@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Finetune a Llama in 4 bits.")
     add = parser.add_argument
     add("--model", default="SmolLM2-135M-Instruct", help="folder, .gguf or hub name")
-    add("--data", help="Alpaca rows, .json or .jsonl; default: Python's documentation")
+    add("--data", help="rows, .json, .jsonl, .csv; default: Python's documentation")
     add("--quantize", default="nf4", help="format of the frozen weights")
     add("--eval-rows", type=int, default=64, help="rows that are held out")
     add("--out", help="folder of the run; default: runs/<model>")
@@ -59,7 +59,7 @@ def conversations(args: argparse.Namespace) -> tuple[list, list]:
     if args.data is None:
         train, held_out = ql.data.stdlib_conversations()
         return train, held_out[: args.eval_rows]
-    rows = ql.data.read_conversations(args.data, format="alpaca")
+    rows = ql.data.read_conversations(args.data)
     if len(rows) <= args.eval_rows:
         raise ValueError(
             f"{args.data} has {len(rows)} rows, and --eval-rows {args.eval_rows} are "
@@ -84,12 +84,13 @@ def main() -> None:
         path = ql.find_model(args.model)
         tokenizer = ql.load_tokenizer(path)
         print(f"Model: {path}")
-        encode = ql.data.encode_conversation
-        examples = [encode(row, tokenizer) for row in train_rows]
-        size = {"batch_size": config.batch_size, "seq_len": config.seq_len}
-        batches = ql.data.Batches(examples, **size, seed=config.seed)
+        encode = ql.data.Encoder(tokenizer).encode
+        rows, length = config.batch_size, config.seq_len
+        batches = ql.data.Batches(
+            encode(train_rows), batch_size=rows, seq_len=length, seed=config.seed
+        )
         held_out = ql.data.in_order(
-            [encode(r, tokenizer) for r in held_out_rows], **size
+            encode(held_out_rows), batch_size=rows, seq_len=length
         )
         print(f"Data: {len(train_rows)} rows, and {len(held_out_rows)} held out")
         # Matmuls in bfloat16 are what a GPU is for; a CPU is faster in float32.
@@ -121,7 +122,7 @@ def main() -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     print(f"Trained: {count:,} parameters in adapters of rank {config.rank}")
 
-    question = held_out_rows[0][:-1]
+    question = held_out_rows[0].question
 
     def answer(model) -> str:
         prompt = tokenizer.encode_chat(question, answer_next=True)
@@ -154,7 +155,7 @@ def main() -> None:
     print(f"\nQuestion: {question[-1]['content']}")
     print(f"Before:   {before['answer']}")
     print(f"After:    {after['answer']}")
-    print(f"Wanted:   {held_out_rows[0][-1]['content']}\n")
+    print(f"Wanted:   {held_out_rows[0].answer}\n")
     print(f"Written: {run.folder}/ (adapter/, metrics.jsonl, loss.png, config.json)")
     print(f"{summary['seconds']:.0f} s, {summary['peak_rss_gb']:.2f} GB at most")
 

@@ -10,7 +10,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 
-from qlora_jax.data.prompts import Conversation, to_conversation
+from qlora_jax.data.conversations import Conversation, exchange
 
 _SKIPPED = {
     "__phello__", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages",
@@ -71,6 +71,5 @@ def stdlib_conversations(
                 continue
             seen.add(answer)
             question = f"What is the {kind} `{module}.{name}` of Python for?"
-            row = {"instruction": question, "output": answer}
-            split.append(to_conversation(row))
+            split.append(exchange(question, answer))
     return train, test

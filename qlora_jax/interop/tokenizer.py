@@ -6,6 +6,9 @@ template of the model (a Jinja program, run in a sandbox) and its special tokens
 
 import dataclasses
 import datetime
+import functools
+import hashlib
+import json
 import os
 import pathlib
 import re
@@ -83,9 +86,11 @@ class Tokenizer:
         self.backend.encode_special_tokens = not special
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each text, in parallel; no special tokens."""
-        self.backend.encode_special_tokens = True
+    def encode_many(
+        self, texts: Sequence[str], *, special: bool = False
+    ) -> list[list[int]]:
+        """Returns the ids of each text, as `encode` does, in parallel."""
+        self.backend.encode_special_tokens = not special
         batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
@@ -93,27 +98,48 @@ class Tokenizer:
         """Returns the text of ids; control tokens are left out unless `special`."""
         return self.backend.decode(list(ids), skip_special_tokens=not special)
 
-    def render(self, messages: Sequence[Message], *, answer_next: bool = False) -> str:
+    @property
+    def template_source(self) -> str:
+        """Jinja source of the chat template that is used."""
+        return self.chat_template or ALPACA_TEMPLATE
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides which ids a conversation becomes."""
+        parts = (self.backend.to_str(), self.bos_token, self.eos_token)
+        text = json.dumps([*parts, self.template_source])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        answer_next: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """Returns a conversation as the text the model was trained on.
 
         Args:
             messages: the turns, each with `role` and `content`.
             answer_next: end where the assistant's answer begins.
+            tools: descriptions of functions that may be called, as OpenAI has them.
 
         Raises:
             ValueError: if the template refuses the messages.
         """
         import jinja2
 
-        template = _compiled(self.chat_template or ALPACA_TEMPLATE)
+        template = _compiled(self.template_source)
         try:
             return template.render(
                 messages=[dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
                 add_generation_prompt=answer_next,
                 bos_token=self.bos_token,
                 eos_token=self.eos_token,
             )
-        except jinja2.TemplateError as error:
+        # A template may also add None to a text, or the like.
+        except (jinja2.TemplateError, TypeError) as error:
             roles = [message.get("role") for message in messages]
             raise ValueError(f"The chat template refuses {roles=}: {error}") from None
 
@@ -124,7 +150,7 @@ class Tokenizer:
 
         The template's control tokens count; the same letters inside a message do not.
         """
-        control = self._control_tokens
+        control = self.control_tokens
         contents = [str(message["content"]) for message in messages]
         if not any(token in content for content in contents for token in control):
             text = self.render(messages, answer_next=answer_next)
@@ -144,23 +170,41 @@ class Tokenizer:
         return ids
 
     @property
-    def _control_tokens(self) -> list[str]:
+    def control_tokens(self) -> list[str]:
+        """Tokens that no text of a user may become."""
         added = self.backend.get_added_tokens_decoder().values()
         return [token.content for token in added if token.special]
 
 
+@functools.lru_cache(maxsize=16)
 def _compiled(source: str) -> Any:
     import jinja2
+    import jinja2.ext
+    import jinja2.nodes
     import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """Marks of answers, which some templates have; they write nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     # The settings under which the templates of published models were written.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", Generation],
     )
     environment.globals["raise_exception"] = raise_exception
+    # Jinja's own writes for HTML: "<" as "\u003c".
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["strftime_now"] = datetime.datetime.now().strftime
     return environment.from_string(source)
 

@@ -1,0 +1,287 @@
+"""From files and options to the batches of a run: the one function that a run calls."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from qlora_jax.data.batching import Batch, Rows
+from qlora_jax.data.cache import Encoded, TokenCache
+from qlora_jax.data.documents import Documents
+from qlora_jax.data.encoding import ChatTokenizer, Encoder, EncodingOptions, Example
+from qlora_jax.data.mixture import Mixture
+from qlora_jax.data.sources import Source, as_sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What became of the rows; as text, what a user should be told once.
+
+    Attributes:
+        rows: read from the sources to train on.
+        bad_rows: of them, left out as `skip_bad_rows` allows.
+        empty_answers: conversations left out since nothing is answered.
+        no_target: documents left out since the limits left nothing to learn.
+        truncated: documents that lost their end to a limit.
+        documents: to train on.
+        held_out: documents to evaluate on.
+        tokens: of the documents to train on.
+        target_tokens: of them, those that are learned.
+        batch_rows: rows of the model's input that a pass takes.
+        batches: of a pass.
+        padding: share of a pass that is padding.
+        packing: several documents share a row.
+    """
+
+    rows: int
+    bad_rows: int
+    empty_answers: int
+    no_target: int
+    truncated: int
+    documents: int
+    held_out: int
+    tokens: int
+    target_tokens: int
+    batch_rows: int
+    batches: int
+    padding: float
+    packing: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the numbers as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lost = [
+            f"{count:,} {what}"
+            for count, what in [
+                (self.bad_rows, "bad rows left out"),
+                (self.empty_answers, "with an empty answer left out"),
+                (self.no_target, "left out with nothing to learn within the limits"),
+                (self.truncated, "cut off at a limit"),
+            ]
+            if count
+        ]
+        held_out = f", {self.held_out:,} held out" if self.held_out else ""
+        packed = f" in {self.batch_rows:,} packed rows" if self.packing else ""
+        learned = self.target_tokens / max(self.tokens, 1)
+        return "\n".join([
+            f"{self.rows:,} rows: {self.documents:,} documents to train on{held_out}",
+            *([f"of these: {', '.join(lost)}"] if lost else []),
+            f"{self.tokens:,} tokens, {learned:.1%} of them learned",
+            f"{self.batches:,} batches a pass{packed}, {self.padding:.1%} padding",
+        ])  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """The data of a run.
+
+    Attributes:
+        train: batches without end; `len` is of one pass.
+        evaluation: batches of the documents held out, each once, in order.
+        held_out: those documents.
+        statistics: what became of the rows.
+        manifest: what the data are, for the run's folder: of each source path, hash of
+            the content, format, rows and weight; the options; `fingerprint`.
+    """
+
+    train: Mixture
+    evaluation: list[Batch]
+    held_out: list[Documents]
+    statistics: Statistics
+    manifest: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the data, the tokenizer and the order of the batches."""
+        return self.train.fingerprint
+
+    def samples(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """Returns ids of questions held out, and of the answers that are wanted."""
+        examples = (example for part in self.held_out for example in part)
+        return [split(example) for example, _ in zip(examples, range(count))]  # noqa: B905
+
+
+def split(example: Example) -> tuple[list[int], list[int]]:
+    """Returns the ids before the last answer, and those of the answer."""
+    learned = np.flatnonzero(example.loss_mask)
+    breaks = np.flatnonzero(np.diff(learned) > 1)
+    first = int(learned[breaks[-1] + 1 if len(breaks) else 0])
+    stop = int(learned[-1]) + 1
+    tokens = example.tokens.tolist()
+    return tokens[:first], tokens[first:stop]
+
+
+def prepare(
+    sources: Any,
+    tokenizer: ChatTokenizer,
+    *,
+    seq_len: int,
+    batch_size: int,
+    eval_sources: Any = None,
+    eval_size: int | float = 0,
+    format: str = "auto",
+    answers: Literal["last", "all"] = "last",
+    train_on_source: bool = False,
+    source_max_len: int | None = None,
+    target_max_len: int | None = None,
+    truncate_source: Literal["right", "left"] = "right",
+    chat_template: str | None = None,
+    packing: bool = False,
+    group_by_length: bool = False,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    skip_bad_rows: int = 0,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Prepared:
+    """Reads, tokenizes (or finds in the cache), holds out, lays out and orders rows.
+
+    Args:
+        sources: a path, a `Source`, a mapping of its arguments, or a list of these.
+        tokenizer: of the model, as `load_tokenizer` returns it.
+        seq_len: tokens of a row; what is longer is cut off.
+        batch_size: rows of an optimizer step, over all processes.
+        eval_sources: rows to evaluate on, as `sources`.
+        eval_size: instead, how many rows of the sources are held out: a number, or a
+            share below 1; chosen by `seed`.
+        format: of sources that name none, see `FORMATS`.
+        answers: learn the last answer of a conversation, or all.
+        train_on_source: learn the questions too.
+        source_max_len: tokens that a question is cut to, see `EncodingOptions`.
+        target_max_len: tokens that an answer is cut to.
+        truncate_source: which end of a question falls.
+        chat_template: a name in `TEMPLATES`, or Jinja source; None: the model's own.
+        packing: several documents to a row, none seeing another.
+        group_by_length: rows of like length share a batch, whose width then varies.
+        seed: of the order, and of what is held out.
+        process_index: which of the processes that share a batch this is.
+        process_count: how many there are.
+        skip_bad_rows: how many rows that are not what they should be are left out.
+        cache_dir: where tokenized sources are kept; None: $QLORA_JAX_CACHE/data, or
+            ~/.cache/qlora_jax/data.
+
+    Raises:
+        DataError: if a file is missing, too many rows are bad, or nothing is left.
+        ValueError: if an option is out of its range.
+        ImportError: without grain, or without what reads a file.
+    """
+    options = EncodingOptions(
+        answers=answers,
+        train_on_source=train_on_source,
+        source_max_len=source_max_len,
+        target_max_len=target_max_len,
+        truncate_source=truncate_source,
+        chat_template=chat_template,
+    )
+    if eval_sources is not None and eval_size:
+        raise ValueError(f"Give eval_sources or {eval_size=}, not both.")
+    train_sources = as_sources(sources, format)
+    other = [] if eval_sources is None else as_sources(eval_sources, format)
+    encoder, cache = Encoder(tokenizer, options), TokenCache(cache_dir)
+
+    def encoded(parts: Sequence[Source]) -> list[Encoded]:
+        return [cache.encoded(s, encoder, skip_bad_rows=skip_bad_rows) for s in parts]
+
+    read, read_to_evaluate = encoded(train_sources), encoded(other)
+    train = [part.documents for part in read]
+    held_out = [part.documents for part in read_to_evaluate]
+    if eval_size:
+        train, held_out = hold_out(train, eval_size, seed)
+    weights = [s.weight for s in train_sources if s.weight is not None]
+    # Without weights the sources are one: they share rows when they are packed.
+    rows = [Rows(part, seq_len, packing=packing) for part in train]
+    mixture = Mixture(
+        rows,
+        weights or None,
+        batch_size=batch_size,
+        seed=seed,
+        group_by_length=group_by_length,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    held_out = [part.fitted(seq_len) for part in held_out if len(part)]
+    evaluation = [
+        batch
+        for part in held_out
+        for batch in Rows(part, seq_len, packing=packing).in_order(
+            batch_size, process_index, process_count
+        )
+    ]
+    documents = [r.documents for r in rows]
+    statistics = Statistics(
+        rows=sum(part.rows for part in read),
+        bad_rows=sum(part.bad_rows for part in read),
+        empty_answers=sum(part.empty_answers for part in read),
+        no_target=sum(part.left_out for part in documents),
+        truncated=sum(int(part.truncated.sum()) for part in documents),
+        documents=sum(map(len, documents)),
+        held_out=sum(map(len, held_out)),
+        tokens=sum(int(part.lengths.sum()) for part in documents),
+        target_tokens=sum(int(part.target_counts.sum()) for part in documents),
+        batch_rows=sum(map(len, rows)),
+        batches=len(mixture),
+        padding=mixture.padding(),
+        packing=packing,
+    )
+    manifest = {
+        "fingerprint": mixture.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "sources": list(map(_described, train_sources, read)),
+        "eval_sources": list(map(_described, other, read_to_evaluate)),
+        "eval_size": eval_size,
+        "options": {
+            **dataclasses.asdict(options),
+            "seq_len": seq_len,
+            "batch_size": batch_size,
+            "packing": packing,
+            "group_by_length": group_by_length,
+            "seed": seed,
+        },
+    }
+    return Prepared(mixture, evaluation, held_out, statistics, manifest)
+
+
+def _described(source: Source, read: Encoded) -> dict[str, Any]:
+    return {
+        "path": str(source.path),
+        "sha256": read.sha256,
+        "format": source.format,
+        "weight": source.weight,
+        "rows": read.rows,
+        "bad_rows": read.bad_rows,
+    }
+
+
+def hold_out(
+    parts: Sequence[Documents], size: int | float, seed: int
+) -> tuple[list[Documents], list[Documents]]:
+    """Returns the documents that stay, and those held out, chosen by the seed.
+
+    Args:
+        parts: documents of each source; all have the same chance.
+        size: how many are held out, or, below 1, which share.
+        seed: of the choice.
+
+    Raises:
+        ValueError: if nothing would stay, or nothing would be held out.
+    """
+    firsts = np.cumsum([0, *map(len, parts)])
+    total = int(firsts[-1])
+    count = round(size * total) if 0 < size < 1 else int(size)
+    if not 0 < count < total:
+        raise ValueError(
+            f"eval_size={size} of {total} documents is {count}: give more rows, or "
+            "another size."
+        )
+    # Another stream of the seed than the order's.
+    chosen = np.random.default_rng((seed, 1)).permutation(total)[:count]
+    held = np.zeros(total, bool)
+    held[chosen] = True
+    masks = [held[a:b] for a, b in zip(firsts[:-1], firsts[1:], strict=True)]
+    stay = [p.select(np.flatnonzero(~m)) for p, m in zip(parts, masks, strict=True)]
+    out = [p.select(np.flatnonzero(m)) for p, m in zip(parts, masks, strict=True)]
+    return stay, out
