@@ -144,7 +144,10 @@ class _Reader:
                 array, self.quantize, self.double_quant, self.dtype
             )
             return quantized
-        return _cast(array, is_linear or attribute == "lm_head", self.dtype)
+        transposed = is_linear or attribute == "lm_head"
+        if not transposed and array.dtype == self.dtype:
+            return array
+        return _cast(array, transposed, self.dtype)
 
     def stack(
         self, attribute: str, weights: Iterable[tuple[str, Any]], count: int

@@ -65,7 +65,8 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
     import safetensors
 
     try:
-        with safetensors.safe_open(path, "numpy") as file:
+        # Read, not mapped: a page at a time takes six times as long.
+        with safetensors.safe_open(path, "numpy", backend="pread") as file:
             yield file
     except (safetensors.SafetensorError, FileNotFoundError) as error:
         raise ModelFileError(
