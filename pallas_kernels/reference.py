@@ -243,8 +243,8 @@ def matmul_dx(dy: jax.Array, packed: PackedWeight, spec: PackedSpec) -> jax.Arra
 def dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
     """Contracts x's last axis with an axis of a [n, k] weight, in float32."""
     dimensions = (((x.ndim - 1,), (contract,)), ((), ()))
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    product = lax.dot_general(
-        x, weight, dimensions, precision, preferred_element_type=jnp.float32
-    )
-    return product.astype(x.dtype)
+    if x.dtype == jnp.float32:
+        return lax.dot_general(x, weight, dimensions, lax.Precision.HIGHEST)
+    # Backends sum 16-bit products in float32 and round once. Asking for float32 and
+    # rounding here instead would on a GPU write the product twice.
+    return lax.dot_general(x, weight, dimensions)
