@@ -139,8 +139,8 @@ def test_peak_of_host_memory(tmp_path, quantize):
     """Of 640 MB in four files: the result and a few tensors, not the model twice."""
     big = WIDE | {
         "hidden_size": 1024,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 14,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 28,
         "vocab_size": 4096,
         "num_attention_heads": 8,
     }
@@ -162,7 +162,7 @@ def test_peak_of_host_memory(tmp_path, quantize):
     measured = json.loads(done.stdout)
     above = measured["growth"] - measured["result"]
     # Two tensors in the file's type; on a CPU also the temporaries of quantizing one,
-    # a few arrays of float32. Measured: 6 and 23.
-    allowed = 32 if quantize else 12
+    # a few arrays of float32.
+    allowed = 48 if quantize else 16
     assert above <= allowed * largest, (measured, largest)
     assert allowed * largest < 0.7 * total
