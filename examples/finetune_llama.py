@@ -156,7 +156,7 @@ def main() -> None:
     print(f"Before:   {before['answer']}")
     print(f"After:    {after['answer']}")
     print(f"Wanted:   {held_out_rows[0].answer}\n")
-    print(f"Written: {run.folder}/ (adapter/, metrics.jsonl, loss.png, config.json)")
+    print(f"Written: {run.folder}/ (adapter/, report.md, metrics.jsonl)")
     print(f"{summary['seconds']:.0f} s, {summary['peak_rss_gb']:.2f} GB at most")
 
 

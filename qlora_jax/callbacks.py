@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
 from qlora_jax import memory
 
@@ -23,6 +25,9 @@ class StepReport:
         tokens: tokens computed, padding included.
         target_tokens: tokens predicted.
         seconds: since the report before, or the start of the loop.
+        skipped: steps so far that were not taken, for want of a finite gradient.
+        mfu: share of the device's peak that the model's operations took, see
+            `throughput`; None where the peak is not known.
     """
 
     step: int
@@ -33,6 +38,8 @@ class StepReport:
     tokens: int
     target_tokens: int
     seconds: float
+    skipped: int = 0
+    mfu: float | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -49,8 +56,13 @@ class Callback:
     def step(self, report: StepReport) -> None:
         """A step is done."""
 
+    def evaluated(
+        self, step: int, numbers: Mapping[str, Any], model: Any, best: bool
+    ) -> None:
+        """The model after `step` steps was evaluated; `best`: better than before."""
+
     def end(self) -> None:
-        """The last step is done."""
+        """The last step is done, or the run was asked to stop."""
 
 
 class JsonlLog(Callback):
@@ -72,9 +84,14 @@ class JsonlLog(Callback):
         return [json.loads(line) for line in lines[:-1]]
 
     def write(self, **fields: Any) -> None:
-        """Adds a line."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(fields) + "\n")
+        """Adds a line; what is no finite number is written as null."""
+        with open(self.path, "ab+") as file:
+            # A process killed while it wrote left half a line.
+            end = file.seek(0, os.SEEK_END)
+            while end and _byte_before(file, end) != b"\n":
+                end -= 1
+            file.truncate(end)
+            file.write((json.dumps(_finite(fields)) + "\n").encode())
 
     def start(self, step: int, steps: int) -> None:
         """Drops what an interrupted run wrote after `step`."""
@@ -88,11 +105,36 @@ class JsonlLog(Callback):
         """Writes the step."""
         fields = dataclasses.asdict(report)
         del fields["steps"]
+        if report.mfu is None:
+            del fields["mfu"]
         self.write(**fields, tokens_per_s=report.tokens_per_s)
+
+    def evaluated(
+        self, step: int, numbers: Mapping[str, Any], model: Any, best: bool
+    ) -> None:
+        """Writes the numbers of the evaluation."""
+        self.write(step=step, **numbers, best=best)
+
+
+def _byte_before(file: BinaryIO, end: int) -> bytes:
+    file.seek(end - 1)
+    return file.read(1)
+
+
+def _finite(value: Any) -> Any:
+    """Returns a value as strict JSON can hold it."""
+    match value:
+        case dict():
+            return {key: _finite(v) for key, v in value.items()}
+        case list() | tuple():
+            return [_finite(v) for v in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 class ProgressBar(Callback):
-    """Shows loss, tokens a second, time left and memory.
+    """Shows loss, learning rate, gradient norm, throughput, memory and time left.
 
     A bar that moves on a terminal; elsewhere, as in a log, a line every tenth of the
     run. Needs `rich` on a terminal.
@@ -123,22 +165,35 @@ class ProgressBar(Callback):
     def step(self, report: StepReport) -> None:
         """Moves the bar."""
         self._seconds.append(report.seconds)
-        numbers = (
-            f"loss {report.loss:.3f}  {report.tokens_per_s:,.0f} tokens/s  "
-            f"{memory.peak_gb():.2f} GB"
-        )
         if self._progress is not None:
-            self._progress.update(self._task, completed=report.step, numbers=numbers)
+            self._progress.update(
+                self._task, completed=report.step, numbers=_numbers(report)
+            )
         elif report.step % max(report.steps // 10, 1) == 0:
             # The first step of a run is mostly compilation.
             usual = sorted(self._seconds)[len(self._seconds) // 2]
             left = usual * (report.steps - report.step)
             width = len(str(report.steps))
             print(
-                f"step {report.step:{width}}/{report.steps}  {numbers}  "
+                f"step {report.step:{width}}/{report.steps}  {_numbers(report)}  "
                 f"{left:,.0f} s left",
                 flush=True,
             )
+
+    def evaluated(
+        self, step: int, numbers: Mapping[str, Any], model: Any, best: bool
+    ) -> None:
+        """Prints the numbers of the evaluation, above the bar."""
+        shown = [
+            f"{name.replace('_', ' ')} {value:.4g}"
+            for name, value in numbers.items()
+            if isinstance(value, int | float)
+        ]
+        line = f"step {step}: {', '.join(shown)}{' (best)' if best else ''}"
+        if self._progress is not None:
+            self._progress.console.print(line, highlight=False)
+        else:
+            print(line, flush=True)
 
     def end(self) -> None:
         """Leaves the bar as it is."""
@@ -146,20 +201,15 @@ class ProgressBar(Callback):
             self._progress.stop()
 
 
-def plot_loss(log: JsonlLog, path: str | os.PathLike[str]) -> None:
-    """Draws the loss over the steps of a log into a PNG file; needs `matplotlib`."""
-    from matplotlib.figure import Figure
-
-    lines = log.read()
-    points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    held_out = [
-        (line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line
+def _numbers(report: StepReport) -> str:
+    parts = [
+        f"loss {report.loss:.3f}",
+        f"rate {report.learning_rate:.2g}",
+        f"gradient {report.grad_norm:.2g}",
+        f"{report.tokens_per_s:,.0f} tokens/s",
     ]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a token")
-    axes.plot(*zip(*points, strict=True), label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o--", label="held out")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    if report.mfu is not None:
+        parts.append(f"MFU {report.mfu:.0%}")
+    if report.skipped:
+        parts.append(f"{report.skipped} skipped")
+    return "  ".join([*parts, f"{memory.peak_gb():.2f} GB"])

@@ -3,11 +3,19 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+# Where orbax renames what is to be deleted: a checkpoint goes in one instant too.
+_DELETED = "deleted"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; says which one is the last that was."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +34,11 @@ class Saved:
 
 
 class Checkpoints:
-    """A folder of checkpoints, written by orbax; the last ones are kept.
+    """A folder of checkpoints, written by orbax; the last ones and the best are kept.
 
-    A checkpoint appears when it is whole: a process killed while it writes leaves the
-    one before.
+    A checkpoint is written while training goes on, and appears when it is whole: a
+    process killed while it writes leaves the one before. What is deleted disappears in
+    one instant too, so that every checkpoint in the folder can be read at any moment.
 
     Args:
         folder: made when the first one is saved.
@@ -37,26 +46,94 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2):
-        self.folder, self._keep = pathlib.Path(folder).absolute(), keep
+        self.folder, self.keep = pathlib.Path(folder).absolute(), keep
         self._open_manager: Any = None
+        self._best: int | None = None
+        self._last_whole: int | None = None
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, in their order."""
+        return sorted(self._manager.all_steps()) if self.folder.is_dir() else []
 
     def latest(self) -> int | None:
         """Returns the step of the last checkpoint, None if there is none."""
         return self._manager.latest_step() if self.folder.is_dir() else None
 
-    def save(self, step: int, tree: Any, notes: Mapping[str, Any]) -> None:
-        """Writes the arrays of a tree, wherever they live, and notes for JSON."""
+    def check_room(self, tree: Any) -> None:
+        """Checks that the disk has room for the checkpoints that will be kept.
+
+        Raises:
+            CheckpointError: if it has not, with both numbers.
+        """
+        # The last ones, the best, and the one that is being written.
+        wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) * (self.keep + 2)
+        parent = self.folder
+        while not parent.exists():
+            parent = parent.parent
+        held = sum(f.stat().st_size for f in parent.rglob("*") if f.is_file())
+        held = held if parent == self.folder else 0
+        free = shutil.disk_usage(parent).free + held
+        if free < wanted:
+            raise CheckpointError(
+                f"{self.folder} needs room for {self.keep + 2} checkpoints, "
+                f"{wanted / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left. "
+                "Free some, choose another folder, or keep fewer checkpoints."
+            )
+
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        notes: Mapping[str, Any],
+        *,
+        best: int | None = None,
+    ) -> None:
+        """Begins to write the arrays of a tree, wherever they live, and notes for JSON.
+
+        Returns when the arrays are copied: they may then be donated. What went wrong
+        with the one before is raised here, or in `wait`.
+
+        Args:
+            step: optimizer steps done; there is no checkpoint of that step yet.
+            tree: any tree of arrays.
+            notes: what JSON can hold.
+            best: the step of a checkpoint, this or an earlier one, that stays though it
+                is none of the last.
+
+        Raises:
+            CheckpointError: if one could not be written.
+        """
         import orbax.checkpoint as ocp
 
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(_numbered(leaves)),
-                notes=ocp.args.JsonSave({**notes, "leaves": _described(tree)}),
-            ),
-        )
-        self._manager.wait_until_finished()
+        self.wait()
+        # A copy: the view of a buffer of the CPU would change when the step reuses it.
+        leaves = [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+        self._best = best
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(_numbered(leaves)),
+                    notes=ocp.args.JsonSave({**notes, "leaves": _described(tree)}),
+                ),
+            )
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        """Waits until what was begun is on disk.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
+        if self._open_manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise self._failure(error) from error
+        self._last_whole = self._manager.latest_step()
+        shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
     def restore(self, like: Any, step: int | None = None) -> Saved:
         """Reads a checkpoint.
@@ -74,9 +151,7 @@ class Checkpoints:
         step = self.latest() if step is None else step
         if step is None:
             raise ValueError(f"There is no checkpoint in {self.folder}.")
-        notes = self._manager.restore(
-            step, args=ocp.args.Composite(notes=ocp.args.JsonRestore())
-        )["notes"]
+        notes = self.notes(step)
         saved, expected = notes.pop("leaves"), _described(like)
         if saved != expected:
             differing = [e for s, e in zip(saved, expected, strict=False) if s != e]
@@ -96,6 +171,29 @@ class Checkpoints:
         ]
         return Saved(step, jax.tree.unflatten(structure, placed), notes)
 
+    def notes(self, step: int) -> dict[str, Any]:
+        """Returns the notes of a checkpoint; `leaves` describes its arrays.
+
+        Raises:
+            ValueError: if there is no such checkpoint.
+        """
+        import orbax.checkpoint as ocp
+
+        if step not in self.steps():
+            raise ValueError(f"There is no checkpoint of step {step} in {self.folder}.")
+        args = ocp.args.Composite(notes=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["notes"]
+
+    def _failure(self, error: Exception) -> CheckpointError:
+        # Of the whole tale of tensorstore the user needs the reason.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        reason = "the disk is full" if _is_full(error) else reason or repr(error)
+        last = "there is none yet" if self._last_whole is None else self._last_whole
+        return CheckpointError(
+            f"A checkpoint could not be written into {self.folder}: {reason}. The last "
+            f"whole one: {last}. When that is mended, the same command goes on from it."
+        )
+
     @property
     def _manager(self) -> Any:
         # orbax takes a second to import, hence only where it is used.
@@ -103,10 +201,30 @@ class Checkpoints:
             import orbax.checkpoint as ocp
 
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, enable_async_checkpointing=False
+                preservation_policy=self._Kept(self),
+                todelete_subdir=_DELETED,
+                cleanup_tmp_directories=True,
             )
             self._open_manager = ocp.CheckpointManager(self.folder, options=options)
+            self._last_whole = self._open_manager.latest_step()
         return self._open_manager
+
+    @dataclasses.dataclass
+    class _Kept:
+        """Tells orbax which checkpoints stay."""
+
+        owner: "Checkpoints"
+
+        def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+            first = len(checkpoints) - self.owner.keep
+            best = self.owner._best
+            return [i >= first or c.step == best for i, c in enumerate(checkpoints)]
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether there was no room, on the disk, in a quota or under a file's limit."""
+    words = ("No space left", "Disk quota exceeded", "File too large", "ENOSPC")
+    return any(word in str(error) for word in words)
 
 
 def _numbered(leaves: list[Any]) -> dict[str, Any]:

@@ -1,32 +1,38 @@
-"""The folder of a run: its settings, its numbers, its checkpoints, its picture."""
+"""The folder of a run: its settings, its numbers, its checkpoints, its report."""
 
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from qlora_jax.callbacks import JsonlLog, plot_loss
+from qlora_jax.callbacks import JsonlLog
 from qlora_jax.checkpoint import Checkpoints
+from qlora_jax.environment import environment
 from qlora_jax.memory import peak_rss_gb
+from qlora_jax.report import write_report
 
 
 class Run:
     """A folder that holds one run.
 
-        config.json     the settings
-        metrics.jsonl   a line for each step; the last one sums the run up
-        loss.png        the loss over the steps
-        checkpoints/    the last states, to go on from
+        config.yaml       the settings
+        environment.json  versions, device, when: one entry each time it was taken up
+        data.json         what it learns from, with checksums, if `check_data` was told
+        metrics.jsonl     a line for each step; the last one sums the run up
+        report.md         all of it to read, with loss.png and curves.png
+        checkpoints/      the last states, to go on from
 
-    Making a `Run` writes nothing, so that a wrong call leaves nothing behind; the
+    Making a `Run` leaves nothing behind, so that a wrong call does not either; the
     folder begins with the first line of metrics.
 
     Args:
         folder: where.
-        settings: all that determines the run, as JSON can hold it.
+        settings: all that determines the run, as YAML can hold it.
         resume: go on with a run that is there. If there is none, one begins: the same
-            command, with this flag, serves first and again.
+            command serves first and again.
+        may_change: names of settings that a run taken up again may have otherwise, see
+            `train.may_change`.
 
     Attributes:
         folder: where.
@@ -35,7 +41,7 @@ class Run:
 
     Raises:
         ValueError: if the folder holds a run and `resume` is not given, the run has
-            other settings, or the folder holds something else.
+            other settings, or the folder holds something else or cannot be written.
     """
 
     def __init__(
@@ -44,16 +50,22 @@ class Run:
         settings: Mapping[str, Any],
         *,
         resume: bool = False,
+        may_change: Collection[str] = (),
     ):
         self.folder = pathlib.Path(folder)
         # As it will be read back: tuples become lists, paths text.
         self._settings = json.loads(json.dumps(dict(settings), default=str))
+        self._data: Mapping[str, Any] | None = None
+        self._begun = False
         self.log = JsonlLog(self.folder / "metrics.jsonl")
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
-        self._check(resume)
+        self._check(resume, may_change)
+        _check_writable(self.folder)
 
-    def _check(self, resume: bool) -> None:
-        config = self.folder / "config.json"
+    def _check(self, resume: bool, may_change: Collection[str]) -> None:
+        import yaml
+
+        config = self.folder / "config.yaml"
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; choose another folder.")
         if not config.is_file():
@@ -67,11 +79,11 @@ class Run:
                 f"{self.folder} holds a run already: add --resume to go on with it, or "
                 "choose another folder."
             )
-        saved = json.loads(config.read_text(encoding="utf-8"))
-        names = sorted(saved.keys() | self._settings.keys())
+        saved = yaml.safe_load(config.read_text(encoding="utf-8"))
+        names = (saved.keys() | self._settings.keys()) - set(may_change)
         changed = [
             f"{name}={self._settings.get(name)!r} (there: {saved.get(name)!r})"
-            for name in names
+            for name in sorted(names)
             if saved.get(name) != self._settings.get(name)
         ]
         if changed:
@@ -80,15 +92,53 @@ class Run:
                 "Give the same ones to go on with it, or choose another folder."
             )
 
+    def check_data(self, manifest: Mapping[str, Any]) -> None:
+        """Holds the run to its data: the manifest is written down with the settings.
+
+        Args:
+            manifest: what the data are, with checksums, as JSON can hold it.
+
+        Raises:
+            ValueError: if the run that is there began with other data.
+        """
+        self._data = json.loads(json.dumps(dict(manifest), default=str))
+        path = self.folder / "data.json"
+        if not path.is_file():
+            return
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved != self._data:
+            raise ValueError(
+                f"{self.folder} holds a run that began with other data: "
+                f"{'; '.join(_differences(saved, self._data)[:3])}. Give the same ones "
+                "to go on with it, or choose another folder."
+            )
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The line that sums the run up, None if it did not come to its end."""
+        lines = [line for line in self.log.read() if line.get("finished")]
+        return lines[-1] if lines else None
+
+    def begin(self) -> None:
+        """Makes the folder and writes down settings, data and environment."""
+        if self._begun:
+            return
+        import yaml
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._data is not None:
+            _write(self.folder / "data.json", json.dumps(self._data, indent=2) + "\n")
+        path = self.folder / "environment.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        _write(path, json.dumps([*before, environment()], indent=2) + "\n")
+        # Last: a folder with it holds a run.
+        text = yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True)
+        _write(self.folder / "config.yaml", text)
+        self._begun = True
+
     def record(self, **fields: Any) -> None:
         """Adds a line to the metrics; the first one makes the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        config = self.folder / "config.json"
-        if not config.is_file():
-            partial = config.with_suffix(".partial")
-            text = json.dumps(self._settings, indent=2) + "\n"
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, config)
+        self.begin()
         self.log.write(**fields)
 
     def recorded(self, step: int) -> dict[str, Any] | None:
@@ -97,9 +147,52 @@ class Run:
         return next(lines, None)
 
     def finish(self, **fields: Any) -> dict[str, Any]:
-        """Writes the last line, with the peak of memory, and draws the loss."""
+        """Writes the last line, with the peak of memory, and the report."""
         last = max((line["step"] for line in self.log.read()), default=0)
         summary = {**fields, "peak_rss_gb": round(peak_rss_gb(), 3)}
         self.record(step=last, finished=True, **summary)
-        plot_loss(self.log, self.folder / "loss.png")
+        write_report(self.folder)
         return summary
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _check_writable(folder: pathlib.Path) -> None:
+    """Tries to write into a folder, and leaves nothing behind.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written ({error.strerror}); choose another folder."
+        ) from None
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
+
+
+def _differences(saved: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = [k for k in {**saved, **now} if saved.get(k) != now.get(k)]
+        parts = [
+            _differences(saved.get(k), now.get(k), f"{name}.{k}".strip("."))
+            for k in keys
+        ]
+        return [line for part in parts for line in part]
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        pairs = enumerate(zip(saved, now, strict=True))
+        parts = [_differences(a, b, f"{name}[{i}]") for i, (a, b) in pairs if a != b]
+        return [line for part in parts for line in part]
+    return [f"{name} is {now!r} (there: {saved!r})"]

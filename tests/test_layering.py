@@ -26,11 +26,16 @@ ALLOWED = {
     "qlora_jax.data": set(),
     "qlora_jax.checkpoint": set(),
     "qlora_jax.memory": set(),
+    "qlora_jax.environment": set(),
+    "qlora_jax.report": set(),
+    "qlora_jax.throughput": {"qlora_jax.lora", "qlora_jax.quant"},
     "qlora_jax.callbacks": {"qlora_jax.memory"},
     "qlora_jax.run": {
         "qlora_jax.callbacks",
         "qlora_jax.checkpoint",
+        "qlora_jax.environment",
         "qlora_jax.memory",
+        "qlora_jax.report",
     },
     "qlora_jax.train": {
         "qlora_jax.callbacks",
@@ -38,8 +43,10 @@ ALLOWED = {
         "qlora_jax.lora",
         "qlora_jax.optim",
         "qlora_jax.run",
+        "qlora_jax.throughput",
     },
     "qlora_jax.generate": {"qlora_jax.models"},
+    "qlora_jax.evals": {"qlora_jax.data", "qlora_jax.generate"},
 }
 # What `pallas_kernels` may import from outside, beside the standard library.
 KERNEL_DEPENDENCIES = {"jax", "jaxlib", "jaxtyping", "numpy"}

@@ -1,6 +1,8 @@
 import json
+import pathlib
 
 import pytest
+import yaml
 
 from qlora_jax.callbacks import ProgressBar, StepReport
 from qlora_jax.run import Run
@@ -29,14 +31,17 @@ def test_a_run_writes_its_settings_numbers_and_picture(tmp_path):
     run.log.step(report(1))
     run.log.step(report(2, 1.5))
     summary = run.finish(eval_loss=1.0, seconds=3.0)
-    assert json.loads((run.folder / "config.json").read_text())["sizes"] == [1, 2]
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["sizes"] == [1, 2]
     text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 2]
     assert lines[1]["loss"] == 2.0 and lines[1]["tokens_per_s"] == 200
     assert lines[-1]["finished"] and lines[-1]["eval_loss"] == 1.0
     assert 0.05 < summary["peak_rss_gb"] < 100
-    assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("loss.png", "curves.png"):
+        assert (run.folder / name).read_bytes().startswith(b"\x89PNG")
+    (entry,) = json.loads((run.folder / "environment.json").read_text())
+    assert entry["packages"]["jax"] and entry["device"] and entry["python"]
 
 
 def test_a_folder_that_holds_something_is_not_written_over(tmp_path):
@@ -80,7 +85,9 @@ def test_progress_in_a_log_is_ten_plain_lines(capsys):
     bar.end()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
-    assert lines[0].startswith("step  2/20  loss 2.500  200 tokens/s")
+    assert lines[0].startswith(
+        "step  2/20  loss 2.500  rate 0.001  gradient 0.5  200 tokens/s"
+    )
     assert lines[0].endswith("9 s left")
 
 
@@ -92,6 +99,69 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     bar.start(5, 20)
     bar.step(report(6, 2.5))
     assert bar._progress.tasks[0].completed == 6
-    assert "loss 2.500  200 tokens/s" in bar._progress.tasks[0].fields["numbers"]
+    assert "loss 2.500  rate 0.001" in bar._progress.tasks[0].fields["numbers"]
+    bar.evaluated(6, {"eval_loss": 2.0, "samples": []}, None, True)
+    assert "step 6: eval loss 2 (best)" in capsys.readouterr().out
     bar.end()
     assert isinstance(bar._progress.console, rich.console.Console)
+
+
+def test_what_is_no_number_is_null_and_what_is_half_a_line_is_gone(tmp_path):
+    run = Run(tmp_path / "run", SETTINGS)
+    run.record(step=0, eval_loss=float("nan"), samples=[{"x": float("inf")}])
+    with open(run.log.path, "a") as file:
+        file.write('{"step": 1, "lo')
+    run.record(step=1, loss=1.0)
+    assert run.log.read() == [
+        {"step": 0, "eval_loss": None, "samples": [{"x": None}]},
+        {"step": 1, "loss": 1.0},
+    ]
+
+
+def test_what_may_change_may_change(tmp_path):
+    Run(tmp_path, SETTINGS | {"steps": 5}).record(step=0)
+    again = Run(tmp_path, SETTINGS | {"steps": 9}, resume=True, may_change={"steps"})
+    again.record(step=1)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["steps"] == 9
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 2
+
+
+def test_other_data_are_refused(tmp_path):
+    manifest = {"sources": [{"path": "a.jsonl", "sha256": "12"}], "seed": 0}
+    run = Run(tmp_path, SETTINGS)
+    run.check_data(manifest)
+    run.record(step=0)
+    again = Run(tmp_path, SETTINGS, resume=True)
+    again.check_data(manifest)
+    words = r"other data: sources\[0\].sha256 is '34' \(there: '12'\)"
+    with pytest.raises(ValueError, match=words):
+        again.check_data({"sources": [{"path": "a.jsonl", "sha256": "34"}], "seed": 0})
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"/proc/none/run cannot be written"):
+        Run("/proc/none/run", SETTINGS)
+
+    def read_only(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "touch", read_only)
+    with pytest.raises(ValueError, match=r"cannot be written \(Permission denied\)"):
+        Run(tmp_path / "a" / "b", SETTINGS)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_report_shows_answers_before_and_after(tmp_path):
+    run = Run(tmp_path / "mine", SETTINGS)
+    sample = {"prompt": "Why?", "wanted": "Because."}
+    run.record(step=0, eval_loss=3.0, samples=[{**sample, "answer": "# no\n\nno"}])
+    run.log.step(report(1))
+    run.log.evaluated(1, {"eval_loss": 2.0, "perplexity": 7.4}, None, True)
+    run.log.step(report(2))
+    run.finish(eval_loss=1.5, samples=[{**sample, "answer": "Because"}])
+    text = (run.folder / "report.md").read_text()
+    assert text.startswith("# mine\n")
+    assert "| Held-out loss after | 1.5000 |" in text
+    assert "**Before**\n\n    # no\n    \n    no\n" in text
+    assert "**After**\n\n    Because\n" in text and "model: x" in text
+    assert "| 1 | 2.0000 |" in text

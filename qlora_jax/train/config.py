@@ -41,7 +41,8 @@ class TrainConfig:
         ema: decay of a running mean of the adapters, as 0.999, which is then what is
             evaluated and returned; 0 for none.
         eval_every: optimizer steps between evaluations; 0 for none.
-        patience: stop after so many evaluations in a row without a lower loss; 0: never.
+        patience: stop after so many evaluations in a row without a lower loss; 0 for
+            never.
         save_every: optimizer steps between checkpoints.
         keep: how many of the last checkpoints stay; the best one stays beside them.
         max_skipped: stop when so many steps in a row had no finite gradient.

@@ -150,8 +150,7 @@ class _Loop:
             self._evaluate_if_due(stop)
             while not self._is_over():
                 self._advance()
-                if self._is_due(self.config.eval_every) and self.config.eval_every:
-                    self._evaluate_if_due(stop)
+                self._evaluate_if_due(stop)
                 if self._is_due(self.config.save_every) or self._is_over():
                     self._save()
                 if stop is not None and stop.signal is not None:
@@ -174,7 +173,9 @@ class _Loop:
         return self.done >= self.config.steps or no_better
 
     def _is_due(self, every: int) -> bool:
-        return self.done == self.config.steps or (every and self.done % every == 0)
+        """Whether something that happens every so many steps, and last, does now."""
+        last = self.done == self.config.steps
+        return every > 0 and (last or self.done % every == 0)
 
     def _advance(self) -> None:
         """Hands a step to the device, and meanwhile tells of the one before."""
@@ -208,7 +209,7 @@ class _Loop:
             grad_norm=numbers["grad_norm"],
             learning_rate=float(self.rates[taken.number]),
             tokens=tokens,
-            target_tokens=int(numbers["target_tokens"]),
+            target_tokens=int(np.nan_to_num(numbers["target_tokens"])),
             seconds=seconds,
             skipped=self.progress.skipped,
             mfu=self.peak and self.flops * tokens / max(seconds, 1e-9) / self.peak,
@@ -220,10 +221,8 @@ class _Loop:
             raise _nonfinite(report, taken.batch, self.progress.in_a_row, self.folder)
 
     def _evaluate_if_due(self, stop: StopRequest | None) -> None:
-        due = self.evaluate is not None and self.config.eval_every and self.done
-        if not due or not self._is_due(self.config.eval_every):
-            return
-        if self.progress.evaluated == self.done:
+        due = self._is_due(self.config.eval_every) and self.done
+        if self.evaluate is None or not due or self.progress.evaluated == self.done:
             return
         self._tell()
         with stop.at_once() if stop is not None else contextlib.nullcontext():

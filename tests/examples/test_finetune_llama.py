@@ -75,7 +75,7 @@ def test_what_it_prints_and_writes(finished):
         assert last[name] > 0
     adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert adapter["r"] == 2 and adapter["peft_type"] == "LORA"
-    assert (out / "loss.png").is_file() and (out / "config.json").is_file()
+    assert (out / "loss.png").is_file() and (out / "config.yaml").is_file()
 
 
 def test_killed_and_taken_up_again_it_ends_the_same(assets, finished):

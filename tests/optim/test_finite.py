@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from qlora_jax.optim import paged, skip_nonfinite
+from qlora_jax.optim import paged, pages, skip_nonfinite
 
 PARAMS = {"w": jnp.ones((8, 4)), "b": jnp.arange(4.0)}
 
@@ -48,16 +48,17 @@ def test_a_bad_gradient_leaves_no_trace(bad, wrap):
     assert state.skipped == 1
 
 
-def test_pages_stay_apart():
-    """Every leaf is chosen by itself: as many pages as the inner optimizer has."""
+def test_pages_stay_apart(monkeypatch):
+    """Every leaf is chosen by itself; `apply_if_finite` ties all of them together."""
+    counts, plan = [], pages.plan_pages
 
-    def transfers(tx):
-        state = tx.init(PARAMS)
-        text = jax.jit(tx.update).lower(PARAMS, state, PARAMS).as_text()
-        return text.count("optimization_barrier")
+    def counted(*args):
+        planned = plan(*args)
+        counts.append(len(planned))
+        return planned
 
-    guarded, plain = (
-        transfers(paged(tx, min_size=0, page_size=260))
-        for tx in (skip_nonfinite(inner()), inner())
-    )
-    assert guarded == plain > transfers(paged(inner(), min_size=0))
+    monkeypatch.setattr(pages, "plan_pages", counted)
+    for tx in (inner(), skip_nonfinite(inner()), optax.apply_if_finite(inner(), 3)):
+        tx = paged(tx, min_size=0, page_size=260)
+        jax.jit(tx.update).lower(PARAMS, tx.init(PARAMS), PARAMS)
+    assert counts == [2, 2, 1]

@@ -1,5 +1,8 @@
 import dataclasses
+import itertools
 import json
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -9,9 +12,10 @@ from flax import nnx
 
 from qlora_jax.callbacks import Callback
 from qlora_jax.lora import split_trainable
-from qlora_jax.optim import paged
+from qlora_jax.optim import paged, skip_nonfinite
 from qlora_jax.run import Run
 from qlora_jax.train import (
+    NonfiniteError,
     evaluate,
     fit,
 )
@@ -122,3 +126,142 @@ def test_going_on_with_something_else_is_refused(tmp_path):
     # Of what changes no number, and of a longer run, nothing is said.
     run(dataclasses.replace(SMALL, steps=8, save_every=3, remat="none"))
     assert Run(tmp_path, {}, resume=True).checkpoints.latest() == 8
+
+
+class Spoiled:
+    """Batches some of which have a mask that is no number."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def __iter__(self):
+        for number in itertools.count():
+            batch = batches().batch(number)
+            if number in self.bad:
+                batch["loss_mask"][1, 5] = np.nan
+            yield batch
+
+
+class Without:
+    """The same batches without the spoiled ones."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def __iter__(self):
+        for number in itertools.count():
+            if number not in self.bad:
+                yield batches().batch(number)
+
+
+def test_steps_without_a_finite_gradient_are_left_out():
+    config = dataclasses.replace(SMALL, dropout=0.0, steps=6)
+    tx = paged(config.optimizer(), min_size=0)
+    losses = Losses()
+    found = fit(adapted(dropout=0), Spoiled({1, 2, 4}), config, tx, callbacks=[losses])
+    config = dataclasses.replace(config, steps=3)
+    expected = fit(adapted(dropout=0), Without({1, 2, 4}), config)
+    for a, b in zip(leaves(found), leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [r.skipped for r in losses.reports] == [0, 1, 2, 2, 3, 3]
+
+
+def test_too_many_of_them_end_the_run_and_the_batch_is_kept(tmp_path):
+    config = dataclasses.replace(SMALL, max_skipped=3, steps=9)
+    bad = {1, 3, 4, 5}
+    with pytest.raises(NonfiniteError, match=r"3 steps in a row .* step 6 ") as caught:
+        fit(adapted(), Spoiled(bad), config)
+    path = re.search(r"is in (\S+\.npz)\.", str(caught.value))[1]
+    with np.load(path) as batch:
+        assert np.isnan(batch["loss_mask"][1, 5]) and batch["tokens"].shape == (4, 12)
+    pathlib.Path(path).unlink()
+    # An optimizer that is not guarded has taken the step: it is the last.
+    with pytest.raises(NonfiniteError, match=r"1 steps in a row .* step 2 "):
+        fit(adapted(), Spoiled(bad), config, optax.adam(1e-3))
+    config = dataclasses.replace(config, steps=4)
+    fit(adapted(), Spoiled(bad), config, skip_nonfinite(optax.adam(1e-3)))
+
+
+class Evaluations(Callback):
+    def __init__(self):
+        self.found = []
+
+    def evaluated(self, step, numbers, model, best):
+        self.found.append((step, numbers["eval_loss"], best))
+
+
+def scripted(losses):
+    values = iter(losses)
+    return lambda model: {"eval_loss": next(values)}
+
+
+def test_the_best_checkpoint_stays_and_patience_ends_the_run(tmp_path):
+    config = dataclasses.replace(
+        SMALL, eval_every=1, patience=3, steps=9, save_every=1, keep=1
+    )
+    folder, seen = Run(tmp_path, {}), Evaluations()
+    folder.begin()
+    losses = [5.0, 3.0, 4.0, float("nan"), 3.0, 1.0]
+    fit(
+        adapted(),
+        batches(),
+        config,
+        run=folder,
+        callbacks=[seen],
+        evaluate=scripted(losses),
+    )
+    assert [(step, best) for step, _, best in seen.found] == [
+        (1, True), (2, True), (3, False), (4, False), (5, False),
+    ]  # fmt: skip
+    assert folder.checkpoints.steps() == [2, 5]
+    lines = [line for line in folder.log.read() if "eval_loss" in line]
+    assert [line["eval_loss"] for line in lines] == [5.0, 3.0, 4.0, None, 3.0]
+    # Taken up again it is over, unless it is to have more patience.
+    again = Run(tmp_path, {}, resume=True)
+    fit(adapted(), batches(), config, run=again, evaluate=scripted([]))
+    config = dataclasses.replace(config, patience=4)
+    fit(adapted(), batches(), config, run=again, evaluate=scripted([9.0]))
+    assert again.checkpoints.latest() == 6
+
+
+def test_a_running_mean_is_what_comes_back(tmp_path):
+    config = dataclasses.replace(SMALL, ema=0.5, dropout=0.0, steps=3)
+    seen = []
+
+    class Keep(Callback):
+        def evaluated(self, step, numbers, model, best):
+            seen.append([np.asarray(x) for x in leaves(model)])
+
+    def without_mean(steps):
+        own = dataclasses.replace(config, ema=0.0, steps=steps)
+        return leaves(fit(adapted(dropout=0), batches(), own))
+
+    folder = Run(tmp_path, {})
+    folder.begin()
+    found = fit(
+        adapted(dropout=0),
+        batches(),
+        dataclasses.replace(config, eval_every=1),
+        run=folder,
+        callbacks=[Keep()],
+        evaluate=scripted([3.0, 2.0, 1.0]),
+    )
+    mean = leaves(adapted(dropout=0))
+    for steps in (1, 2, 3):
+        new = without_mean(steps)
+        mean = [0.5 * m + 0.5 * n for m, n in zip(mean, new, strict=True)]
+        for a, b in zip(mean, seen[steps - 1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+    for a, b in zip(leaves(found), seen[-1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    # Saved, and there when the run is taken up again.
+    again = fit(
+        adapted(dropout=0), batches(), config, run=Run(tmp_path, {}, resume=True)
+    )
+    for a, b in zip(leaves(again), seen[-1], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_evaluations_need_something_to_evaluate():
+    with pytest.raises(ValueError, match=r"eval_every=2 asks for evaluations: give"):
+        fit(adapted(), batches(), dataclasses.replace(SMALL, eval_every=2))
