@@ -32,10 +32,19 @@ from qlora_jax.quant.tensor import QuantizedTensor
 _STATE = "quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
 _DTYPES = ("float32", "bfloat16", "float16")
+# Types under which the codes of 4-bit weights may be stored.
+STORAGE_TYPES = {
+    "uint8": np.dtype(np.uint8),
+    "bfloat16": np.dtype(jnp.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def to_state(qt: QuantizedTensor, name: str) -> dict[str, np.ndarray]:
+def to_state(
+    qt: QuantizedTensor, name: str, *, storage: str = "uint8"
+) -> dict[str, np.ndarray]:
     """Returns the tensors that bitsandbytes writes for a 4-bit weight.
 
     No bit is lost: `from_state` gives the weight back.
@@ -44,13 +53,19 @@ def to_state(qt: QuantizedTensor, name: str) -> dict[str, np.ndarray]:
         qt: an nf4 or fp4 weight without stack axes (take slices of a stack).
         name: the weight's name in the checkpoint, for example
             "model.layers.0.self_attn.q_proj.weight".
+        storage: the type under which the bytes of the codes are stored, one of
+            `STORAGE_TYPES`; anything but "uint8" is for those who must shard floating
+            point (FSDP of PyTorch).
 
     Returns:
         name -> array, keys and shapes as in the module's docstring.
 
     Raises:
-        ValueError: if bitsandbytes has no 4-bit form of this weight.
+        ValueError: if bitsandbytes has no 4-bit form of this weight, or its codes do
+            not fill numbers of the storage type.
     """
+    if storage not in STORAGE_TYPES:
+        raise ValueError(f"{storage=} is none of {', '.join(STORAGE_TYPES)}.")
     if qt.format.name not in _KINDS:
         raise ValueError(
             f"{name}: bitsandbytes stores {' and '.join(_KINDS)} in 4 bits, not "
@@ -66,8 +81,15 @@ def to_state(qt: QuantizedTensor, name: str) -> dict[str, np.ndarray]:
         "dtype": str(qt.dtype),
         "shape": [qt.out_features, qt.in_features],
     }
+    codes = np.ascontiguousarray(qt.codes).reshape(-1)
+    item = STORAGE_TYPES[storage]
+    if codes.size % item.itemsize:
+        raise ValueError(
+            f"{name} has {codes.size} bytes of codes, which fill no whole number of "
+            f"{storage}: store them as uint8."
+        )
     tensors = {
-        name: np.asarray(qt.codes).reshape(-1, 1),
+        name: codes.view(item).reshape(-1, 1),
         f"{name}.absmax": np.asarray(qt.absmax).reshape(-1),
         f"{name}.quant_map": np.asarray(qt.format.codebook, np.float32),
     }
@@ -176,6 +198,68 @@ def from_int8(codes: np.ndarray, scale: np.ndarray, name: str) -> QuantizedTenso
         block_size=k,
         dtype=jnp.dtype(jnp.bfloat16),  # the file does not say which it had
     )
+
+
+def to_int8(qt: QuantizedTensor, name: str) -> dict[str, np.ndarray]:
+    """Returns the tensors that bitsandbytes writes for an 8-bit weight (LLM.int8).
+
+    No bit is lost: `from_int8` gives the weight back.
+
+    Args:
+        qt: an int8 weight without stack axes, one block a row, as `from_int8` gives.
+        name: the weight's name in the checkpoint, which ends in ".weight".
+
+    Raises:
+        ValueError: if it has another form.
+    """
+    if (qt.format.name, qt.block_size) != ("int8", qt.in_features) or qt.stack:
+        raise ValueError(
+            f"{name}: {qt!r} is not of the form of LLM.int8: int8, one block a row, no "
+            "stack."
+        )
+    codes = np.asarray(qt.codes).view(np.int8)
+    return _int8_state(name, codes, np.asarray(qt.absmax).reshape(-1))
+
+
+def quantize_int8(w: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """Returns the tensors that bitsandbytes writes for a weight it puts into 8 bits.
+
+        scale[i]    = max |w[i, j]|  over j, of w rounded to float16
+        codes[i, j] = round(w[i, j] * (1 / scale[i] * 127)),  ties to even
+
+    Args:
+        w: [out, in].
+        name: the weight's name in the checkpoint, which ends in ".weight".
+
+    Raises:
+        ValueError: if a number is not finite in float16.
+
+    Source: https://arxiv.org/abs/2208.07339, section 3.
+    """
+    with np.errstate(over="ignore"):
+        rows = w.astype(np.float16).astype(np.float32)
+    if not np.isfinite(rows).all():
+        raise ValueError(
+            f"{name} holds numbers that are not finite in float16, through which "
+            "LLM.int8 goes: quantize to nf4 instead."
+        )
+    scale = np.abs(rows).max(axis=1)
+    # As torch divides a number by a tensor: by two roundings, which decides ties. The
+    # CUDA kernel divides approximately, so a code in thousands may be the other one.
+    factor = np.float32(1) / np.where(scale == 0, np.float32(1), scale)
+    factor *= np.float32(127)
+    return _int8_state(name, np.rint(rows * factor[:, None]).astype(np.int8), scale)
+
+
+def _int8_state(
+    name: str, codes: np.ndarray, scale: np.ndarray
+) -> dict[str, np.ndarray]:
+    module = name.removesuffix(".weight")
+    return {
+        name: codes,
+        f"{module}.SCB": scale,
+        f"{module}.weight_format": np.zeros((), np.uint8),  # by row
+    }
 
 
 def state_of(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:

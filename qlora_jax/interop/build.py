@@ -21,11 +21,11 @@ from qlora_jax.interop.weights import (
     Source,
     check_tensors,
     hf_name,
+    quantize_rows,
 )
 from qlora_jax.models.config import LINEAR_WEIGHTS
 from qlora_jax.models.llama import Llama
 from qlora_jax.quant import QuantizedTensor
-from qlora_jax.quant import quantize as quantize_weight
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -140,8 +140,8 @@ class _Reader:
             return w
         array = jax.device_put(w, self._device)
         if is_linear and self.quantize is not None:
-            quantized, self._finite[name] = _quantized(
-                array, self.quantize, self.double_quant, self.dtype
+            quantized, self._finite[name] = quantize_rows(
+                array, self.quantize, self.double_quant, 64, self.dtype
             )
             return quantized
         transposed = is_linear or attribute == "lm_head"
@@ -225,14 +225,6 @@ def weight_shardings(mesh: Mesh, name: str, weight: Any, stack: int) -> Any:
         nested_absmax=None if weight.nested_absmax is None else whole,
         offset=None if weight.offset is None else whole,
     )
-
-
-@functools.partial(jax.jit, static_argnames=("format", "double_quant", "dtype"))
-def _quantized(
-    w: jax.Array, format: str, double_quant: bool, dtype: Any
-) -> tuple[QuantizedTensor, jax.Array]:
-    quantized = quantize_weight(w.T, format, double_quant=double_quant)
-    return dataclasses.replace(quantized, dtype=dtype), jnp.isfinite(w).all()
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))

@@ -5,14 +5,18 @@ and orientation are those of Hugging Face checkpoints ([out, in]); a reader of a
 format translates.
 """
 
+import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.models.config import ATTENTION_WEIGHTS, LINEAR_WEIGHTS, LlamaConfig
-from qlora_jax.quant import QuantizedTensor
+from qlora_jax.quant import QuantizedTensor, quantize
 
 # In old checkpoints: a buffer that the config determines.
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -110,3 +114,26 @@ def check_tensors(source: Source) -> None:
                 f"{source}: {name} is {list(found[name])}, its config says "
                 f"{list(shape)}."
             )
+
+
+_STATIC = ("format", "double_quant", "block_size", "dtype")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def quantize_rows(
+    w: jax.Array, format: str, double_quant: bool, block_size: int, dtype: Any
+) -> tuple[QuantizedTensor, jax.Array]:
+    """Quantizes a weight as a checkpoint has it.
+
+    Args:
+        w: [out, in].
+        format: as `quantize` takes it.
+        double_quant: quantize the scales too.
+        block_size: numbers that share a scale.
+        dtype: the type the weight is said to have.
+
+    Returns:
+        The weight, and whether all its numbers are finite.
+    """
+    quantized = quantize(w.T, format, block_size=block_size, double_quant=double_quant)
+    return dataclasses.replace(quantized, dtype=dtype), jnp.isfinite(w).all()

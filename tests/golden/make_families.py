@@ -65,6 +65,19 @@ QUANTIZED = {
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     ),
+    "nf4_float16": dict(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_storage=torch.float16,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ),
+    "nf4_float32": dict(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=torch.float32,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ),
     "fp4_bfloat16": dict(
         load_in_4bit=True,
         bnb_4bit_quant_type="fp4",
@@ -143,7 +156,7 @@ def save(model, folder):
 
 
 def make(names=()):
-    """Writes everything, or the dense folders of these names."""
+    """Writes everything, or the folders of these names."""
     for name, (kind, extra) in FAMILIES.items():
         if names and name not in names:
             continue
@@ -155,11 +168,12 @@ def make(names=()):
             continue
         model = AutoModelForCausalLM.from_pretrained(HERE / name, dtype=torch.float32)
         np.save(HERE / name / "logits.npy", logits(model))
-    if names:
-        return
     source = HERE / "source"
-    save(fresh("Llama", {}, width=64), source)
+    if not names:
+        save(fresh("Llama", {}, width=64), source)
     for name, options in QUANTIZED.items():
+        if names and name not in names:
+            continue
         config = BitsAndBytesConfig(**options)
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -186,7 +200,7 @@ def check(folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="of dense folders; none: all")
+    parser.add_argument("names", nargs="*", help="of folders; none: all")
     parser.add_argument("--check", metavar="FOLDER")
     arguments = parser.parse_args()
     check(arguments.check) if arguments.check else make(arguments.names)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from qlora_jax.interop import save
+from qlora_jax.interop import folder
 from qlora_jax.interop.hub import load_model
 from qlora_jax.interop.save import save_model
 from qlora_jax.lora import add_lora, merge_lora
@@ -94,6 +94,54 @@ def test_fp4_with_plain_scales(tmp_path, source):
     assert not settings["bnb_4bit_use_double_quant"]
 
 
+STORED = ["nf4_double", "nf4_float16", "nf4_float32", "fp4_bfloat16", "int8"]
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_quantized_folders_go_back_as_they_came(tmp_path, name):
+    """Every type of storage, and 8 bits: the file of transformers, byte for byte."""
+    model = load_model(FAMILIES / name)
+    save_model(model, tmp_path / "out", source=FAMILIES / name)
+    assert file_of(tmp_path / "out") == file_of(FAMILIES / name)
+    assert config_of(tmp_path / "out") == config_of(FAMILIES / name)
+
+
+def test_eight_bits_on_the_way_out_as_bitsandbytes_does(tmp_path, source):
+    save_model(source, tmp_path / "out", quantize="int8", source=FAMILIES / "source")
+    assert file_of(tmp_path / "out") == file_of(FAMILIES / "int8")
+    assert config_of(tmp_path / "out") == config_of(FAMILIES / "int8")
+
+
+@pytest.mark.parametrize(
+    "name, storage", [("nf4_float16", "float16"), ("fp4_bfloat16", "bfloat16")]
+)
+def test_storage_on_the_way_out(tmp_path, source, name, storage):
+    save_model(
+        source,
+        tmp_path / "out",
+        quantize=name[:3],
+        double_quant=False,
+        storage=storage,
+        source=FAMILIES / "source",
+    )
+    ours, theirs = (
+        safetensors.numpy.load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "out", FAMILIES / name)
+    )
+    assert ours.keys() == theirs.keys()
+    for key, expected in theirs.items():
+        assert (ours[key].dtype, ours[key].shape) == (expected.dtype, expected.shape)
+        if name == "nf4_float16":  # -0.0 has a code in fp4 that we do not write
+            assert ours[key].tobytes() == expected.tobytes(), key
+    a, b = (
+        config_of(f)["quantization_config"] for f in (tmp_path / "out", FAMILIES / name)
+    )
+    b["bnb_4bit_compute_dtype"] = a[
+        "bnb_4bit_compute_dtype"
+    ]  # what the caller asks for
+    assert a == b
+
+
 def test_another_storage_type_becomes_bytes(tmp_path):
     """Codes stored as bfloat16 are written as uint8: the same bytes."""
     save_model(load_model(FAMILIES / "fp4_bfloat16"), tmp_path / "out")
@@ -167,7 +215,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, source, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(save, "_write_shards", fail)
+    monkeypatch.setattr(folder, "_write_shards", fail)
     with pytest.raises(OSError, match="No space"):
         save_model(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -182,8 +230,10 @@ def test_a_full_folder_stays(tmp_path, source):
 
 def test_what_cannot_be_written_is_named(tmp_path, source):
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="quantize='int8': bitsandbytes stores 'nf4'"):
-        save_model(source, out, quantize="int8")
+    with pytest.raises(ValueError, match="quantize='int4': bitsandbytes stores 'nf4'"):
+        save_model(source, out, quantize="int4")
+    with pytest.raises(ValueError, match="storage='int8' is none of uint8, bfloat16"):
+        save_model(source, out, quantize="nf4", storage="int8")
     with pytest.raises(ValueError, match="contradict each other"):
         save_model(source, out, quantize="nf4", dequantized=True)
     quantized = load_model(FAMILIES / "nf4_double")
@@ -192,15 +242,16 @@ def test_what_cannot_be_written_is_named(tmp_path, source):
         match=r"q_proj\.weight is already nf4 with double .*quantize='fp4' with",
     ):
         save_model(quantized, out, quantize="fp4")
-    weight = quantize(jnp.ones((2, 64, 64)), "int8")
+    weight = quantize(jnp.ones((2, 64, 64)), "int8", block_size=32)
     quantized.layers.q_proj.set_value(weight)
-    with pytest.raises(ValueError, match="quantized to 'int8', which has no form in a"):
+    with pytest.raises(ValueError, match=r"'int8' in blocks of 32, and LLM\.int8 has"):
+        save_model(quantized, out)
+    quantized.layers.q_proj.set_value(quantize(jnp.ones((2, 64, 64)), "int4"))
+    with pytest.raises(ValueError, match="quantized to 'int4', which has no form in a"):
         save_model(quantized, out)
     weight = quantize(jnp.ones((2, 64, 64)), "fp4")
     quantized.layers.q_proj.set_value(weight)
-    with pytest.raises(
-        ValueError, match=r"in several ways, \[\('fp4', True\), \('nf4'"
-    ):
+    with pytest.raises(ValueError, match=r"in several ways, .*'fp4', True.*'nf4'"):
         save_model(quantized, out)
     with pytest.raises(ValueError, match="is of another model: vocab_size=259, and of"):
         write_folder(tmp_path / "other")
