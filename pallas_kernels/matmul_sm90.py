@@ -51,7 +51,8 @@ from pallas_kernels.matmul_sm90_body import (
     scratch,
 )
 from pallas_kernels.matmul_sm90_lanes import (
-    SPAN_BYTES,
+    CODES_BYTES,
+    LANES,
     SPAN_STEPS,
     STEP,
     STEP_WORDS,
@@ -80,6 +81,8 @@ class Config:
         cluster: 2 lets pairs of blocks, neighbours in features, share tiles of x.
         raster: which of rows and features varies faster from block to block.
         raster_width: how many tiles of the faster one before the slower one moves.
+        divided: whether tiles that do not fill the last round of multiprocessors are
+            divided along the contraction, and added up in float32.
         permuted: words of codes, of a lane's four a step, that are decoded by byte
             permutes; the others by the table. Permutes take no shared memory, but all
             by permutes is what bounds the kernel.
@@ -91,6 +94,7 @@ class Config:
     raster: Literal["rows", "features"] = "rows"
     raster_width: int = 8
     permuted: int = STEP_WORDS
+    divided: bool = False
 
     def __post_init__(self):
         if self.tile_m not in (64, 128, 192, 256):
@@ -103,6 +107,8 @@ class Config:
             raise ValueError(f"{self.raster=} must be 'rows' or 'features'.")
         if not 0 <= self.permuted <= STEP_WORDS:
             raise ValueError(f"{self.permuted=} must be 0 to {STEP_WORDS}.")
+        if self.divided and self.cluster > 1:
+            raise ValueError("Tiles of a cluster are not divided: use cluster=1.")
         if self.shared_bytes > _SHARED_BYTES:
             raise ValueError(
                 f"{self} takes {self.shared_bytes} bytes of shared memory, a block has "
@@ -115,7 +121,7 @@ class Config:
         return (
             TABLE_BYTES * (self.permuted < STEP_WORDS)
             + self.stages * self.tile_m * STEP * 2
-            + CODE_STAGES * TILE_FEATURES * (SPAN_BYTES + SPAN_STEPS * 4)
+            + CODE_STAGES * (CODES_BYTES + LANES * SPAN_STEPS * 4)
             + 2 * OUT_SLOTS * OUT_ROWS * 64 * 2
         )
 
@@ -249,18 +255,22 @@ def _call(direction, x, packed, spec, config):
             packed.offset.reshape(layers),
             jnp.array(spec.nested_codebook, jnp.float32),
         ]
-    pairs = decode.pair_table(
-        spec.codebook,
-        x.dtype.name,
-        first="high" if direction == "forward" else "low",
-    )
+    pairs = decode.pair_table(spec.codebook, x.dtype.name, first="high")
+    workers = _num_sms() // config.cluster
+    out_type = jax.ShapeDtypeStruct(out_shape, x.dtype)
+    counters = []
+    if config.divided:
+        # One part for each of the two tiles a worker's piece may lie in.
+        part = (2 * workers, TILE_FEATURES * config.tile_m)
+        out_type = out_type, jax.ShapeDtypeStruct(part, jnp.float32)
+        counters = [jnp.zeros(8 * workers, jnp.int32)]
     kernel = plgpu.kernel(
         functools.partial(
             body, forward=direction == "forward", spec=spec, config=config
         ),
-        out_type=jax.ShapeDtypeStruct(out_shape, x.dtype),
-        scratch_types=scratch(x.dtype, spec, config),
-        grid=(_num_sms() // config.cluster,),
+        out_type=out_type,
+        scratch_types=scratch(x.dtype, config),
+        grid=(workers,),
         grid_names=("sm",),
         cluster=(config.cluster,),
         cluster_names=("cluster",),
@@ -272,6 +282,13 @@ def _call(direction, x, packed, spec, config):
         kernel_name=f"packed_matmul_{direction}",
     )
     out = kernel(
-        layer.reshape(1).astype(jnp.int32), jnp.array(pairs), x, codes, *scales
+        layer.reshape(1).astype(jnp.int32),
+        jnp.array(pairs),
+        x,
+        codes,
+        *counters,
+        *scales,
     )
+    if config.divided:
+        out, _ = out
     return out if out.shape == (m, out_features) else out[:m, :out_features]

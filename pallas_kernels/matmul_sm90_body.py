@@ -18,6 +18,8 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import matmul_sm90_lanes as lanes
 from pallas_kernels.matmul_sm90_lanes import (
+    CODES_BYTES,
+    CODES_WORDS,
     LANES,
     SPAN,
     SPAN_BYTES,
@@ -27,34 +29,25 @@ from pallas_kernels.matmul_sm90_lanes import (
     TABLE_BYTES,
     TABLE_ROW,
 )
-from pallas_kernels.packed import PackedSpec
+from pallas_kernels.matmul_sm90_schedule import Schedule
 
 # Features of a block; a warpgroup of consumers has half of them.
 TILE_FEATURES = 128
-# Spans of codes and scales in shared memory: one read, one on its way.
-CODE_STAGES = 2
+# Spans of codes and scales in shared memory: one read, others on their way.
+CODE_STAGES = 3
 # Results leave in tiles of so many rows, through two of them a consumer.
-OUT_ROWS = 32
+OUT_ROWS = 64
 OUT_SLOTS = 2
 # A lane of each of the three warpgroups brings 168.
 LOADER_REGISTERS = 56
 CONSUMER_REGISTERS = 224
 
 
-def _swizzled(items: int = STEP, row_bytes: int = 128) -> tuple:
-    return (plgpu.TilingTransform((8, items)), plgpu.SwizzleTransform(row_bytes))
+def _swizzled() -> tuple:
+    return (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128))
 
 
-def _codes_transforms(spec: PackedSpec) -> tuple:
-    """How a span of codes, [128, 64 bytes], lies in shared memory.
-
-    A lane reads along its row: swizzled, so that no two rows meet in a bank, unless
-    TMA cannot, where a row of the weight is no multiple of 64 bytes.
-    """
-    return _swizzled(64, 64) if spec.k % SPAN == 0 and spec.n % 8 == 0 else ()
-
-
-def scratch(dtype, spec, config) -> dict:
+def scratch(dtype, config) -> dict:
     """Shared memory and barriers of a block."""
     if config.cluster > 1:
         x_empty = plgpu.ClusterBarrier(
@@ -73,11 +66,7 @@ def scratch(dtype, spec, config) -> dict:
         x_smem=plgpu.SMEM(
             (config.stages, config.tile_m, STEP), dtype, transforms=_swizzled()
         ),
-        codes_smem=plgpu.SMEM(
-            (CODE_STAGES, TILE_FEATURES, SPAN_BYTES),
-            jnp.uint8,
-            transforms=_codes_transforms(spec),
-        ),
+        codes_smem=plgpu.SMEM((CODE_STAGES, CODES_BYTES // 4), jnp.uint32),
         # pairs of 16-bit scales: see `_Scales.put`
         scales_smem=plgpu.SMEM((CODE_STAGES, 2 * LANES), jnp.uint32),
         out_smem=plgpu.SMEM(
@@ -85,34 +74,44 @@ def scratch(dtype, spec, config) -> dict:
         ),
         x_full=plgpu.Barrier(num_barriers=config.stages),
         x_empty=x_empty,
-        # the copy of the codes, and the scales
-        codes_full=plgpu.Barrier(num_arrivals=2, num_barriers=CODE_STAGES),
+        codes_full=plgpu.Barrier(num_barriers=CODE_STAGES),
         codes_empty=plgpu.Barrier(num_arrivals=2, num_barriers=CODE_STAGES),
     )
 
 
 def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, config, **s):
     """What a block does; all refs but `s`, the scratch, are in device memory."""
-    *scales_gmem, out_gmem = refs
+    shared = ()
+    if config.divided:
+        counters_gmem, *refs, out_gmem, partial_gmem = refs
+        shared = counters_gmem, partial_gmem
+    else:
+        *refs, out_gmem = refs
+    scales_gmem = refs
     m, contraction = x_gmem.shape
     dtype = jnp.dtype(x_gmem.dtype)
     tile_m = config.tile_m
-    spans = pl.cdiv(contraction, SPAN)
     tiles = (
         pl.cdiv(m, tile_m),
         pl.cdiv(out_gmem.shape[1], TILE_FEATURES * config.cluster),
     )
-    num_tiles = tiles[0] * tiles[1]
+    schedule = Schedule(
+        tiles[0] * tiles[1],
+        pl.cdiv(contraction, SPAN),
+        lax.axis_size("sm"),
+        config.divided,
+    )
     layer = layer_gmem[0]
     x_smem, codes_smem, scales_smem, out_smem = (
         s[f"{name}_smem"] for name in ("x", "codes", "scales", "out")
     )
     wg = lax.axis_index("wg")
+    worker = lax.axis_index("sm")
 
-    def place(index):
+    def place(tile):
         """First row and first feature of a tile."""
         mi, fi = plgpu.planar_snake(
-            index, tiles, 0 if config.raster == "rows" else 1, config.raster_width
+            tile, tiles, 0 if config.raster == "rows" else 1, config.raster_width
         )
         if config.cluster > 1:
             fi = fi * config.cluster + lax.axis_index("cluster")
@@ -123,65 +122,52 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
 
     def load():
         plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+        codes = _Codes(forward, spec, codes_gmem)
         scales = _Scales(forward, spec, dtype.name, scales_gmem)
         offset = scales.offset(layer)
-        first = lax.axis_index("sm")
+        total = schedule.total(worker)
 
-        def copy_codes(count, f0, i, predicate):
-            at = slot(count, CODE_STAGES)
-            row, column = (f0, i * SPAN) if forward else (i * SPAN, f0)
-            plgpu.copy_gmem_to_smem(
-                codes_gmem.at[
-                    pl.ds(layer * spec.n + row, TILE_FEATURES),
-                    pl.ds(pl.multiple_of(lax.div(column, 2), SPAN_BYTES), SPAN_BYTES),
-                ],
-                codes_smem.at[at],
-                s["codes_full"].at[at],
-                predicate=predicate,
-            )
+        def locate(count):
+            # Beyond the last span anything will do: it is loaded but never used.
+            count = jnp.maximum(jnp.minimum(count, total - 1), 0)
+            tile, i = schedule.locate(worker, count)
+            return *place(jnp.minimum(tile, schedule.tiles - 1)), i
 
-        def put_scales(count, raw):
+        def read(count):
+            _, f0, i = locate(count)
+            return codes.load(layer, f0, i), scales.load(layer, f0, i)
+
+        def put(count, raw):
             at = slot(count, CODE_STAGES)
-            scales.put(raw, offset, scales_smem.at[at])
+            numbers = scales.look_up(raw[1])
+            plgpu.barrier_wait(s["codes_empty"].at[at])
+            codes.put(raw[0], codes_smem.at[at])
+            scales.put(numbers, offset, scales_smem.at[at])
             plgpu.barrier_arrive(s["codes_full"].at[at])
 
-        def copy_x(count, m0, i):
-            at = slot(count, config.stages)
+        def copy_x(step, m0, column):
+            at = slot(step, config.stages)
             plgpu.barrier_wait(s["x_empty"].at[at])
             plgpu.copy_gmem_to_smem(
-                x_gmem.at[pl.ds(m0, tile_m), pl.ds(i * STEP, STEP)],
+                x_gmem.at[pl.ds(m0, tile_m), pl.ds(column, STEP)],
                 x_smem.at[at],
                 s["x_full"].at[at],
                 collective_axes="cluster" if config.cluster > 1 else None,
             )
 
-        _, f_first = place(first)
-        plgpu.barrier_wait(s["codes_empty"].at[0])
-        copy_codes(jnp.int32(0), f_first, jnp.int32(0), first < num_tiles)
-        put_scales(jnp.int32(0), scales.load(layer, f_first, jnp.int32(0)))
+        def span(count, raw):
+            # Codes and scales a span ahead, since they are decoded a step ahead, and
+            # out of memory another one ahead: they are on their way while this
+            # warpgroup waits for room for x.
+            put(count + 1, raw)
+            raw = read(count + 2)
+            m0, _, i = locate(count)
+            for half in range(SPAN_STEPS):
+                copy_x(count * SPAN_STEPS + half, m0, i * SPAN + half * STEP)
+            return raw
 
-        @plgpu.nd_loop((num_tiles,), collective_axes="sm")
-        def _(info):
-            tile = info.index[0]
-            m0, f0 = place(tile)
-            next_tile = tile + lax.axis_size("sm")
-            has_next = next_tile < num_tiles
-            _, f_next = place(jnp.minimum(next_tile, num_tiles - 1))
-
-            def span(i, _):
-                count = info.local_index * spans + i
-                # Codes and scales a span ahead: they are decoded a span ahead.
-                last = i + 1 == spans
-                f_ahead = jnp.where(last, f_next, f0)
-                ahead = jnp.where(last, 0, i + 1)
-                plgpu.barrier_wait(s["codes_empty"].at[slot(count + 1, CODE_STAGES)])
-                copy_codes(count + 1, f_ahead, ahead, ~last | has_next)
-                raw = scales.load(layer, f_ahead, ahead)
-                for half in range(SPAN_STEPS):
-                    copy_x(count * SPAN_STEPS + half, m0, i * SPAN_STEPS + half)
-                put_scales(count + 1, raw)
-
-            lax.fori_loop(0, spans, span, None)
+        put(jnp.int32(0), read(jnp.int32(0)))
+        lax.fori_loop(0, total, span, read(jnp.int32(1)))
 
         if config.cluster > 1:
             # A block must not end before its neighbour has released everything.
@@ -203,28 +189,34 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
             plgpu.barrier_arrive(s["table_full"])
             plgpu.barrier_wait(s["table_full"])
 
-        def decode_step(count, half):
+        def fetch(count, half):
             at = slot(count, CODE_STAGES)
             if half == 0:
                 plgpu.barrier_wait(s["codes_full"].at[at])
-            refs = codes_smem.at[at], scales_smem.at[at], *table
-            w = _decode_step(forward, spec, dtype, decoders, half, refs, wg)
+            raw = _fetch_step(forward, half, codes_smem.at[at], scales_smem.at[at], wg)
             if half == 1:
                 plgpu.barrier_arrive(s["codes_empty"].at[at])
-            return w
+            return raw
+
+        def decode_step(raw):
+            return _decode_step(forward, dtype, decoders, raw, table)
 
         def release(step, predicate=None):
             at = slot(step + config.stages, config.stages)
             plgpu.barrier_arrive(s["x_empty"].at[at], predicate=predicate)
 
-        @plgpu.nd_loop(
-            (num_tiles,),
-            collective_axes="sm",
-            init_carry=decode_step(jnp.int32(0), 0),
-        )
-        def _(info, carry):
-            m0, f0 = place(info.index[0])
-            span0 = info.local_index * spans
+        def write_tile(y, m0, f0):
+            for i in range(tile_m // OUT_ROWS):
+                rows = pl.ds(m0 + i * OUT_ROWS, OUT_ROWS)
+                out = out_smem.at[wg, i % OUT_SLOTS]
+                plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
+                _store_rows(dtype, y, i * OUT_ROWS, out)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out, out_gmem.at[rows, pl.ds(f0 + wg * 64, 64)])
+
+        def segment(index, w):
+            seg = schedule.segment(worker, index)
+            m0, f0 = place(seg.tile)
 
             @functools.partial(pl.run_scoped, acc=plgpu.ACC((64, tile_m), jnp.float32))
             def w_last(acc):
@@ -236,33 +228,41 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
                     plgpu.wgmma_wait(1)
 
                 def span(i, w):
-                    count = span0 + i
+                    count = seg.start + i
                     step = count * SPAN_STEPS
+                    raw = fetch(count, 1)
                     multiply(w, step)
                     release(step - 1, i > 0)
-                    w = decode_step(count, 1)
+                    w = decode_step(raw)
+                    # After the last one of all too: codes of some tile, never used.
+                    raw = fetch(count + 1, 0)
                     multiply(w, step + 1)
                     release(step)
-                    # After the last one of all too: of stale codes, never used.
-                    return decode_step(count + 1, 0)
+                    return decode_step(raw)
 
-                w = lax.fori_loop(0, spans, span, carry)
+                w_last = lax.fori_loop(0, seg.length, span, w)
                 plgpu.wgmma_wait(0)
-                release((span0 + spans) * SPAN_STEPS - 1)
+                release((seg.start + seg.length) * SPAN_STEPS - 1)
                 y = acc[...]
-                for i in range(tile_m // OUT_ROWS):
-                    rows = pl.ds(m0 + i * OUT_ROWS, OUT_ROWS)
-                    out = out_smem.at[wg, i % OUT_SLOTS]
-                    plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
-                    _store_rows(dtype, y, i * OUT_ROWS, out)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        out, out_gmem.at[rows, pl.ds(f0 + wg * 64, 64)]
+
+                def store():
+                    write_tile(y, m0, f0)
+
+                def share():
+                    _share_tile(
+                        schedule, seg, y, worker, wg, (m0, f0), out_gmem, *shared
                     )
-                return w
+
+                if config.divided:
+                    lax.cond(seg.length < schedule.spans, share, store)
+                else:
+                    store()
+                return w_last
 
             return w_last
 
+        w = decode_step(fetch(jnp.int32(0), 0))
+        lax.fori_loop(0, schedule.segments(worker), segment, w)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     lax.cond(wg < 2, consume, load)
@@ -285,38 +285,64 @@ def _write_table(pairs_gmem, table_smem, wg):
     run(pairs_gmem, table_smem, wg)
 
 
-def _decode_step(forward, spec, dtype, decoders, half, refs, wg):
-    """A consumer's first operand of wgmma, for step `half` of a span.
+def _per_lane(count, dtype=jnp.uint32):
+    """An array of `count` numbers of each lane of a warpgroup."""
+    layout = plgpu.Layout.WG_STRIDED((LANES * count,), vec_size=count)
+    return plgpu.ShapeDtypeStruct((LANES * count,), dtype, layout)
+
+
+def _strided(array):
+    """The layout of an array that `_per_lane` describes."""
+    return plgpu.Layout.WG_STRIDED(array.shape, vec_size=array.shape[0] // LANES)
+
+
+def _fetch_step(forward, half, codes_smem, scales_smem, wg):
+    """Loads a consumer's codes and scales of step `half` of a span."""
+    out = _per_lane(STEP_WORDS), _per_lane(2 if forward else 8)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT),
+        return_type=out,
+    )
+    def run(_, codes, scales, wg):
+        lane, wg = lanes.lane_index(), lanes.scalar(wg)
+        at = lanes.codes_address(half, lane, wg)
+        words = lanes.load("shared.v4.b32", lanes.address(codes) + at)
+        values = []
+        for at, count in lanes.scale_loads(forward, half, lane, wg):
+            kind = f"shared.v{count}.b32"
+            values += lanes.load(kind, lanes.address(scales) + at)
+        return tuple(map(lanes.from_registers, (words, values), out))
+
+    return run(codes_smem, scales_smem, wg)
+
+
+def _decode_step(forward, dtype, decoders, raw, table):
+    """A consumer's first operand of wgmma from what `_fetch_step` loaded.
 
     Returns:
         [64, 64] of `dtype`, features (`lanes.feature` of the row) by contraction.
     """
-    transforms = _codes_transforms(spec)
-    step = lanes.forward_step if forward else lanes.backward_step
 
     @plgpu.inline_mgpu(
         arg_types=(
-            plgpu.RefType(transforms),
-            *(plgpu.RefType() for _ in refs[1:]),
-            plgpu.Layout.WG_SPLAT,
+            tuple(map(_strided, raw)),
+            tuple(plgpu.RefType() for _ in table),
         ),
         return_type=plgpu.ShapeDtypeStruct((64, STEP), dtype, plgpu.Layout.WGMMA),
     )
-    def run(_, *args):
-        *memory, wg = args
-        ops = lanes.LaneOps(dtype.name, *memory)
+    def run(_, raw, table):
+        ops = lanes.LaneOps(dtype.name, *table)
         layout = plgpu.Layout.WGMMA.to_mgpu()
         pair_type = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(dtype))
         out = np.empty(layout.registers_shape((64, STEP)), dtype=object)
         by_column = out.reshape(STEP // 8, 2)
-        operand = step(
-            ops, decoders, half, lanes.lane_index(), lanes.scalar(wg), bool(transforms)
-        )
+        operand = lanes.decode_step(ops, forward, decoders, *map(lanes.registers, raw))
         for row, column, pair in operand:
             by_column[column, row] = mgpu_utils.bitcast(pair.value, pair_type)
         return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
-    return run(*refs, wg)
+    return run(raw, table)
 
 
 def _store_rows(dtype, y, first, out_smem):
@@ -341,6 +367,132 @@ def _store_rows(dtype, y, first, out_smem):
     run(y, out_smem)
 
 
+def _share_tile(schedule, seg, y, worker, wg, origin, out_gmem, counters, partial):
+    """Leaves a part of a tile in memory; who comes last adds all up, in their order.
+
+    A warp does this for itself: it has the same rows and features in every block. The
+    counters, one a warp, are 0 again in the end.
+    """
+    first, index, count = schedule.sharers(seg.tile)
+    numbers = (
+        seg.index * schedule.workers + worker,  # where this part is left
+        index * schedule.workers + first,  # where the first one is
+        first,
+        count,
+        seg.tile - schedule.whole,
+        wg,
+        *origin,
+    )
+    rows, columns = out_gmem.shape
+    dtype = out_gmem.dtype
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.Layout.WGMMA,
+            *(plgpu.RefType(),) * 3,
+            (plgpu.Layout.WG_SPLAT,) * len(numbers),
+        )
+    )
+    def run(_, y, out, counters, partial, numbers):
+        numbers = list(map(lanes.scalar, numbers))
+        own, first_part, first, count, tile, wg, m0, f0 = numbers
+        lane, ops = lanes.lane_index(), lanes.LaneOps(jnp.dtype(dtype).name)
+        pairs = y.registers.reshape(-1, 2)
+        part_bytes = len(pairs) * LANES * 16
+
+        def address(part):
+            return lanes.row_address(partial, part * 2 + wg, part_bytes, lane * 16)
+
+        values = [lanes.elements(r) for r in pairs.flat]
+        for i in range(len(pairs)):
+            group = [*values[2 * i], *values[2 * i + 1]]
+            lanes.store_global("v4.f32", address(own), i * LANES * 16, group)
+        warp = tile * 8 + wg * 4 + (lane >> 5)
+        last = lanes.arrive(lanes.global_address(counters, warp), lane, count)
+
+        def add(part, sums):
+            where = address(lanes.select(part, first_part, first + part))
+            return [
+                arith.addf(total, value)
+                for i in range(len(pairs))
+                for total, value in zip(
+                    sums[4 * i : 4 * i + 4],
+                    lanes.load("global.cg.v4.f32", where, i * LANES * 16),
+                    strict=True,
+                )
+            ]
+
+        sums = lanes.loop(last * count, add, [lanes.zero()] * (4 * len(pairs)))
+        column = f0 + wg * 64 + lanes.feature(lane)
+        for i in range(len(pairs)):
+            for e in range(2):
+                row = m0 + (lane & 3) * 2 + (8 * i + e)
+                pair = ops.round_pair(sums[4 * i + e], sums[4 * i + 2 + e])
+                where = lanes.row_address(out, row, columns * 2, column * 2)
+                inside = lanes.below(row, rows) & lanes.below(column, columns)
+                lanes.store_global_if(last & inside, where, pair)
+
+    run(y, out_gmem, counters, partial, numbers)
+
+
+class _Codes:
+    """The loader's work on codes: 16 words a lane and span, put in consumers' order."""
+
+    def __init__(self, forward, spec, gmem):
+        self.forward, self.spec, self.gmem = forward, spec, gmem
+
+    def load(self, layer, f0, span):
+        """Starts the loads of a span."""
+        out = _per_lane(CODES_WORDS)
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * 3), return_type=out
+        )
+        def read(_, ref, layer, f0, span):
+            words = []
+            places = self._places(*map(lanes.scalar, (layer, f0, span)))
+            kind = f"global.nc.v{CODES_WORDS // len(places)}.b32"
+            kind = kind.replace(".v1", "")
+            for row, byte in places:
+                where = lanes.row_address(ref, row, self.spec.k // 2, byte)
+                words += lanes.load(kind, where)
+            return lanes.from_registers(words, out)
+
+        return read(self.gmem, layer, f0, span)
+
+    def _places(self, layer, f0, span):
+        """Row and byte of each load of a lane: four of 16 bytes, or 16 of 4.
+
+        Beyond the last row or column any codes will do: x or the result ends there.
+        """
+        spec, lane = self.spec, lanes.lane_index()
+        row_bytes = spec.k // 2
+        source = lanes.forward_source if self.forward else lanes.backward_source
+        rows, byte = source(lane)
+        if self.forward:
+            row0, byte = f0, (byte + span * SPAN_BYTES).minimum(row_bytes - 16)
+        else:
+            row0, byte = span * SPAN, ((f0 >> 1) + byte).minimum(row_bytes - 4)
+        rows = [row0 + row for row in rows]
+        if spec.n % SPAN:
+            rows = [row.minimum(spec.n - 1) for row in rows]
+        return [(layer * spec.n + row, byte) for row in rows]
+
+    def put(self, words, codes_smem):
+        """Rearranges what `load` started and stores it for the consumers."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _strided(words)))
+        def run(_, target, words):
+            target = lanes.address(target)
+            arrange = lanes.forward_codes if self.forward else lanes.backward_codes
+            ops = lanes.LaneOps("bfloat16")
+            for at, group in arrange(ops, lanes.registers(words), lanes.lane_index()):
+                kind = f"v{len(group)}.b32" if len(group) > 1 else "b32"
+                lanes.store(kind, target + at, group)
+
+        run(codes_smem, words)
+
+
 class _Scales:
     """The loader's work on scales: two a lane and span, decoded and rounded.
 
@@ -354,16 +506,11 @@ class _Scales:
         # both in one load
         self.vector = spec.block_size == STEP and self.row_blocks % 2 == 0
 
-    @staticmethod
-    def _per_lane(count, dtype):
-        layout = plgpu.Layout.WG_STRIDED((LANES * count,), vec_size=count)
-        return plgpu.ShapeDtypeStruct((LANES * count,), dtype, layout)
-
     def offset(self, layer):
         """What was subtracted from the scales, one copy a lane."""
         if not self.nested:
             return None
-        out = self._per_lane(1, jnp.float32)
+        out = _per_lane(1, jnp.float32)
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=out
@@ -383,7 +530,7 @@ class _Scales:
         else:
             kinds, counts = ("v2.f32" if self.vector else "f32",), (2,)
             types = (jnp.float32,)
-        out = tuple(map(self._per_lane, counts, types))
+        out = tuple(map(_per_lane, counts, types))
         refs = tuple(self.gmem[: 1 + self.nested])
 
         @plgpu.inline_mgpu(
@@ -422,34 +569,39 @@ class _Scales:
             places.append((layer * spec.num_blocks + index, layer * num_outer + outer))
         return places
 
-    def put(self, raw, offset, scales_smem):
-        """Finishes what `load` started and stores it for the consumers."""
-        inputs = (*raw, offset) if self.nested else raw
-        layouts = tuple(
-            plgpu.Layout.WG_STRIDED(r.shape, vec_size=r.shape[0] // LANES)
-            for r in inputs
-        )
-        table = (self.gmem[3],) if self.nested else ()
+    def look_up(self, raw):
+        """Starts the loads of the numbers that double-quantized scales stand for."""
+        if not self.nested:
+            return raw
+        layouts = tuple(map(_strided, raw))
+        out = _per_lane(2, jnp.float32)
 
-        @plgpu.inline_mgpu(
-            arg_types=(
-                plgpu.RefType(),
-                tuple(plgpu.RefType() for _ in table),
-                layouts,
-            )
-        )
-        def compute(_, target, table, inputs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layouts[0]), return_type=out)
+        def read(_, table, codes):
+            codes = lanes.registers(codes)
+            if self.vector:
+                codes = [codes[0] & 255, codes[0] >> 8]
+            numbers = []
+            for code in codes:
+                where = lanes.global_address(table, code)
+                numbers += lanes.load("global.nc.f32", where)
+            return lanes.from_registers(numbers, out)
+
+        return read(self.gmem[3], raw[0]), raw[1]
+
+    def put(self, found, offset, scales_smem):
+        """Finishes what `look_up` started and stores it for the consumers."""
+        inputs = (*found, offset) if self.nested else found
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), tuple(map(_strided, inputs))))
+        def compute(_, target, inputs):
             values, *rest = map(lanes.registers, inputs)
             if self.nested:
                 outer, (offset,) = rest
-                if self.vector:
-                    values = [values[0] & 255, values[0] >> 8]
-                    outer = outer * 2
                 values = [
                     arith.addf(arith.mulf(number, by), offset)
-                    for code, by in zip(values, outer, strict=True)
-                    for number in lanes.load(
-                        "global.nc.f32", lanes.global_address(table[0], code)
+                    for number, by in zip(
+                        values, outer * (2 // len(outer)), strict=True
                     )
                 ]
             ops = lanes.LaneOps(self.dtype)
@@ -459,4 +611,4 @@ class _Scales:
             for value, at in zip(values, offsets, strict=True):
                 lanes.store(kind, target + at, [ops.round_pair(value, value)])
 
-        compute(scales_smem, table, inputs)
+        compute(scales_smem, inputs)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels import decode
 
@@ -24,10 +24,16 @@ STEP_WORDS = 4
 SPAN_STEPS = 2
 SPAN = STEP * SPAN_STEPS
 SPAN_BYTES = SPAN // 2
+# Codes of a span in shared memory: [step, consumer, warp, lane, 16 bytes].
+_CONSUMER_BYTES = LANES * 16
+_STEP_BYTES = 2 * _CONSUMER_BYTES
+CODES_BYTES = SPAN_STEPS * _STEP_BYTES
+CODES_WORDS = 16  # that a lane of the loader brings
 # A table of 256 pairs, 32 copies side by side.
 TABLE_ROW = 32 * 4
 TABLE_BYTES = 256 * TABLE_ROW
 _TABLE_SHIFT = 7  # a byte so far left is an offset of rows
+_HIGH, _LOW = 0xF0F0F0F0, 0x0F0F0F0F
 
 # A 32-bit unsigned integer: `Word` in a kernel, a numpy array in a test.
 Integer = Any
@@ -38,18 +44,21 @@ def feature(lane: Integer) -> Integer:
 
     The second one is the feature after it.
     """
-    warp, g = lane >> 5, lane >> 2 & 7
-    return (warp >> 1) * 32 + g * 4 + (warp & 1) * 2
+    return (lane >> 5) * 16 + (lane >> 2 & 7) * 2
 
 
-def chunk_address(row: Integer, chunk: Integer, swizzled: bool) -> Integer:
-    """Offset of 16 bytes of a row of a span of codes, [128, 64 bytes].
+def slot_address(
+    warp: Integer, group: Integer, quad_lane: Integer, step: Integer
+) -> Integer:
+    """Where the 16 bytes of codes of a consumer's lane 4 `group` + `quad_lane` lie.
 
-    A 64-byte swizzle is bits 1 and 2 of the row on the two bits of the chunk.
+    A warp has 512 bytes a step. In each 128 of them the eight slots are permuted, such
+    that neither the loader's stores of either pass nor the loads meet in a bank.
     """
-    if swizzled:
-        chunk = chunk ^ (row >> 1 & 3)
-    return row * SPAN_BYTES + chunk * 16
+    line = group >> 1
+    swizzle = (line ^ warp ^ (step << 1)) | (group >> 2) << 2
+    place = ((group & 1) << 2 | quad_lane) ^ swizzle
+    return step * _STEP_BYTES + warp * 512 + line * 128 + place * 16
 
 
 def scale_addresses(forward: bool, lane: Integer) -> list[Integer]:
@@ -67,77 +76,113 @@ def scale_addresses(forward: bool, lane: Integer) -> list[Integer]:
     return [place, place + LANES * 4]
 
 
-def forward_step(ops, decoders, half: int, lane, wg, swizzled: bool):
-    """Yields row, column of eight and pair of numbers of a lane's first operand.
+def forward_source(lane: Integer) -> tuple[list, Integer]:
+    """Rows and byte of the 4 times 16 bytes of a span that a loader's lane reads."""
+    return [(lane >> 2) + 32 * i for i in range(4)], (lane & 3) * 16
 
-    A lane of a quad needs, of every word of eight codes, the byte with its two columns.
+
+def forward_codes(ops, words, lane):
+    """Yields address and words of what a loader's lane stores for the consumers.
+
+    It has half the columns of a step, of four rows. A consumer's lane 4 g + q needs, of
+    every word, the byte with its two columns: 4 x 4 bytes are transposed.
 
     Args:
-        ops: the lane's memory (`codes`, `scales`) and its arithmetic.
-        decoders: `Table` or `Permute` for each of the four words' worth of a step.
-        half: which step of the span.
+        ops: the lane's arithmetic.
+        words: 16, four of each row.
         lane: 0 .. 127.
-        wg: which consumer.
-        swizzled: whether the codes are.
     """
-    first = wg * 64 + feature(lane)
-    for row in range(2):
-        (scale,) = ops.scales((first + row) * 4 + half * LANES * 4, 1)
-        for part in range(2):
-            address = chunk_address(first + row, 2 * half + part, swizzled)
-            decoder = decoders[2 * row + part]
-            numbers = decoder.bytes_of_words(ops, ops.codes(address), lane & 3)
-            for i, number in enumerate(numbers):
-                yield row, 4 * part + i, ops.multiply_pair(number, scale)
+    step, half = lane >> 1 & 1, lane & 1
+    for i in range(4):
+        row = (lane >> 2) + 32 * i
+        base = (row >> 6) * _CONSUMER_BYTES + (row & 1) * 8 + half * 4
+        transposed = transpose_bytes(ops, words[4 * i : 4 * i + 4])
+        for q, word in enumerate(transposed):
+            slot = slot_address(row >> 4 & 3, row >> 1 & 7, q, step)
+            yield base + slot, [word]
 
 
-def backward_step(ops, decoders, half: int, lane, wg, swizzled: bool):
-    """As `forward_step`; columns are rows of codes, and rows nibbles of a byte.
+def backward_source(lane: Integer) -> tuple[list, Integer]:
+    """Rows and byte of the 16 words of codes of a span that a loader's lane reads."""
+    row = (lane >> 6) * STEP + (lane >> 4 & 3) * 2
+    return [row + (8 * i + e) for i in range(8) for e in range(2)], (lane & 15) * 4
 
-    A unit is two bytes of each of two rows of codes. Two warps read it, and take a byte
-    each: that is why neighbouring features are a lane's two rows.
+
+def backward_codes(ops, words, lane):
+    """As `forward_codes`, of eight columns of eight pairs of rows.
+
+    Neighbours along the contraction lie in two rows: their nibbles are put together
+    into a byte, so that consumers decode bytes as in the forward pass.
     """
-    warp = lane >> 5
-    units, scales = [], []
-    for part in range(2):
-        row = (lane & 31) + (half * STEP + part * 32)
-        address = chunk_address(row, wg * 2 + (warp >> 1), swizzled)
-        units += ops.code_matrices(address)
-        place = wg * (LANES * 4) + (lane & 3) * 32 + (half * 128 + part * 16)
-        scales += ops.scales(place, 4)
-    for i in range(0, 8, 2):
-        decoder = decoders[i // 2]
-        numbers = decoder.nibbles_of_units(ops, units[i], units[i + 1], warp & 1)
-        for j, number in enumerate(numbers):
-            column = i + j // 2
-            yield j % 2, column, ops.multiply_pair(number, scales[column])
+    words_of_row = lane & 15
+    warp, group = words_of_row >> 1 & 3, (words_of_row & 1) * 4
+    base = (words_of_row >> 3) * _CONSUMER_BYTES
+    parts = []
+    for first in (0, 8):
+        pairs = [words[first + i : first + i + 2] for i in range(0, 8, 2)]
+        high = [(a & _HIGH) | (b >> 4 & _LOW) for a, b in pairs]
+        low = [(a << 4 & _HIGH) | (b & _LOW) for a, b in pairs]
+        parts.append((transpose_bytes(ops, high), transpose_bytes(ops, low)))
+    for i in range(4):
+        slot = slot_address(warp, group + i, lane >> 4 & 3, lane >> 6)
+        yield base + slot, [part[row][i] for row in range(2) for part in parts]
+
+
+def transpose_bytes(ops, words) -> list:
+    """Word i of the result is byte i of each of four words."""
+    a, b, c, d = words
+    ab, cd = ([ops.permute(*p, s) for s in (0x5140, 0x7362)] for p in ((a, b), (c, d)))
+    return [
+        ops.permute(x, y, s)
+        for x, y in zip(ab, cd, strict=True)
+        for s in (0x5410, 0x7632)
+    ]
+
+
+def codes_address(half: int, lane: Integer, wg: Integer) -> Integer:
+    """Where a consumer's lane finds its four words of codes of a step.
+
+    Word 2 r + h is of its row r; byte i of it, columns 8 (4 h + i) + 2 q and the next.
+    """
+    slot = slot_address(lane >> 5, lane >> 2 & 7, lane & 3, half)
+    return wg * _CONSUMER_BYTES + slot
+
+
+def scale_loads(forward: bool, half: int, lane: Integer, wg: Integer) -> list:
+    """Address and number of words of a consumer's loads of scales of a step.
+
+    Forward, a pair for each row of the lane; backward, one for each of eight columns.
+    """
+    if forward:
+        return [((wg * 64 + feature(lane)) * 4 + half * LANES * 4, 2)]
+    base = wg * (LANES * 4) + (lane & 3) * 32 + half * 128
+    return [(base, 4), (base + 16, 4)]
+
+
+def decode_step(ops, forward: bool, decoders, words, scales):
+    """Yields row, column of eight and pair of numbers of a lane's first operand.
+
+    Args:
+        ops: the lane's table and arithmetic.
+        forward: the pass.
+        decoders: `Table` or `Permute` for each of the four words of a step.
+        words: at `codes_address`.
+        scales: at `scale_loads`.
+    """
+    for i, (word, decoder) in enumerate(zip(words, decoders, strict=True)):
+        row, half = divmod(i, 2)
+        for j, number in enumerate(decoder(ops, word)):
+            column = 4 * half + j
+            scale = scales[row if forward else column]
+            yield row, column, ops.multiply_pair(number, scale)
 
 
 class Table:
     """Decodes a byte of two codes by a load from a table of all pairs."""
 
-    def bytes_of_words(self, ops, words, byte):
-        """The two numbers of byte `byte` of each of four words."""
-        amount = (_TABLE_SHIFT - byte * 8) & 31
-        return [self._look_up(ops, ops.rotate(word, amount)) for word in words]
-
-    def nibbles_of_units(self, ops, first, second, byte):
-        """Numbers of high, then low nibbles of a byte of two units, paired by rows."""
-        high, low = (ops.shift_left(m, byte * 8) for m in (0xF0, 0x0F))
-        amounts = [(_TABLE_SHIFT - shift - byte * 8) & 31 for shift in (4, 0)]
-        out = []
-        for unit in (first, second):
-            # the second row's nibbles, four bits above the first row's
-            above = unit >> 12
-            for mask, amount in zip((high, low), amounts, strict=True):
-                # bits of `mask` from the first row, the others from the second
-                pair = above ^ (mask & (unit ^ above))
-                out.append(self._look_up(ops, ops.rotate(pair, amount)))
-        return out
-
-    @staticmethod
-    def _look_up(ops, value):
-        return ops.table(value & (255 * TABLE_ROW))
+    def __call__(self, ops, word):
+        """The pairs of numbers of four bytes."""
+        return [ops.look_up(word, i) for i in range(4)]
 
 
 class Permute:
@@ -146,22 +191,10 @@ class Permute:
     def __init__(self, codebook: tuple[float, ...], dtype: str):
         self._bytes = decode.byte_table(codebook, dtype)
 
-    def bytes_of_words(self, ops, words, byte):
-        """The two numbers of byte `byte` of each of four words."""
-        pick = byte * 0x11 + 0x40
-        low, high = (ops.permute(*words[i : i + 2], pick) for i in (0, 2))
-        word = ops.permute(low, high, 0x5410)
-        return decode.decode_word(ops, word, self._table(ops))
-
-    def nibbles_of_units(self, ops, first, second, byte):
-        """Numbers of high, then low nibbles of a byte of two units, paired by rows."""
-        pick = byte * 0x1111 + 0x6420
-        word = ops.permute(first, second, pick)
-        return decode.decode_word(ops, word, self._table(ops), decode.ACROSS_BYTES)
-
-    def _table(self, ops):
-        low, high = self._bytes
-        return [ops.constant(x) for x in low], [ops.constant(x) for x in high]
+    def __call__(self, ops, word):
+        """The pairs of numbers of four bytes."""
+        low, high = ([ops.constant(x) for x in part] for part in self._bytes)
+        return decode.decode_word(ops, word, (low, high))
 
 
 # What follows is for kernels only: lanes of Mosaic GPU.
@@ -216,55 +249,37 @@ class Word:
     def __rshift__(self, x):
         return Word(arith.shrui(self.value, _raw(x)))
 
+    def __lshift__(self, x):
+        return Word(arith.shli(self.value, _raw(x)))
+
     def minimum(self, x: int):
         """The smaller of the two."""
         return Word(arith.minui(self.value, _raw(x)))
 
 
 class LaneOps:
-    """A consumer's lane: its shared memory and what Python has no operator for.
+    """A lane's table, and what Python has no operator for.
 
     Args:
         dtype: of the numbers.
-        codes: ref of a span of codes.
-        scales: ref of its scales.
         table: ref of the table of pairs.
     """
 
-    def __init__(self, dtype: str, codes=None, scales=None, table=None):
+    def __init__(self, dtype: str, table=None):
         self._ops = decode.LaneOps(dtype)
-        self._codes, self._scales, self._table = (
-            None if ref is None else address(ref) for ref in (codes, scales, table)
+        self._table = None if table is None else address(table)
+
+    def look_up(self, word, byte: int):
+        """The pair of numbers of a byte, from this lane's copy of the table."""
+        shift = _TABLE_SHIFT - 8 * byte
+        row = word << shift if shift > 0 else word >> -shift
+        # in one instruction, which the compiler must not take apart: the table's
+        # address is then part of the load
+        mask, own = 255 * TABLE_ROW, (lane_index() & 31) * 4
+        (offset,) = _asm(
+            f"lop3.b32 $0, $1, {mask}, $2, 0xEA;", "=r,r,r", row, own, pure=True
         )
-
-    def codes(self, offset):
-        """Four words of codes."""
-        return load("shared.v4.b32", self._codes + offset)
-
-    def code_matrices(self, offset):
-        """Four transposed 8 x 8 matrices of 16-bit units; lane t gives row t of 32."""
-        return _asm(
-            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,r",
-            self._codes + offset,
-        )
-
-    def scales(self, offset, count: int):
-        """One or four pairs of scales."""
-        kind = "shared.b32" if count == 1 else f"shared.v{count}.b32"
-        return load(kind, self._scales + offset)
-
-    def table(self, offset):
-        """The pair of numbers in this lane's copy of a row of the table."""
-        return load("shared.b32", self._table + (offset | (lane_index() & 31) * 4))[0]
-
-    def rotate(self, a, bits):
-        """To the left, by 0 .. 31 bits."""
-        return _asm("shf.l.wrap.b32 $0, $1, $1, $2;", "=r,r,r", a, bits, pure=True)[0]
-
-    def shift_left(self, a: int, bits):
-        """A constant shifted to the left."""
-        return Word(arith.shli(_constant(a), _raw(bits)))
+        return load("shared.b32", self._table + offset)[0]
 
     def constant(self, x: int):
         """A register of a constant."""
@@ -314,7 +329,16 @@ def global_address(ref, index: Word):
     return arith.addi(base, offset)
 
 
-def load(kind: str, where) -> list:
+def row_address(ref, row: Word, row_bytes: int, byte: Word):
+    """64-bit address of a byte of a row of a ref in global memory."""
+    i64 = ir.IntegerType.get_signless(64)
+    row64, byte64 = (arith.extui(i64, x.value) for x in (row, byte))
+    offset = arith.addi(arith.muli(row64, mgpu_utils.c(row_bytes, i64)), byte64)
+    base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
+    return arith.addi(base, offset)
+
+
+def load(kind: str, where, offset: int = 0) -> list:
     """Loads 32-bit registers: Words, or float32 values where `kind` ends in f32."""
     count = int(kind.split(".v")[1][0]) if ".v" in kind else 1
     names = ", ".join(f"${i}" for i in range(count))
@@ -322,7 +346,8 @@ def load(kind: str, where) -> list:
     letter = "=f" if kind.endswith("f32") else "=r"
     shared = kind.startswith("shared")
     constraints = [letter] * count + ["r" if shared else "l"]
-    return _asm(f"ld.{kind} {names}, [${count}];", ",".join(constraints), where)
+    text = f"ld.{kind} {names}, [${count} + {offset}];"
+    return _asm(text, ",".join(constraints), where)
 
 
 def store(kind: str, where: Word, values) -> None:
@@ -335,6 +360,65 @@ def store(kind: str, where: Word, values) -> None:
         where,
         *values,
     )
+
+
+def store_global(kind: str, where, offset: int, values) -> None:
+    """Stores float32 values to global memory."""
+    names = ", ".join(f"${i + 1}" for i in range(len(values)))
+    text = f"st.global.{kind} [$0 + {offset}], {{{names}}};"
+    _asm(text, ",".join(["l"] + ["f"] * len(values)), where, *values)
+
+
+def store_global_if(condition: Word, where, value: Word) -> None:
+    """Stores 32 bits to global memory if a number is not 0."""
+    text = "{.reg .pred p; setp.ne.b32 p, $0, 0; @p st.global.b32 [$1], $2;}"
+    _asm(text, "r,l,r", condition, where, value)
+
+
+def arrive(counter, lane: Word, count: Word) -> Word:
+    """Whether this warp is the last of `count` warps to come here, as 0 or 1.
+
+    What the others wrote to global memory before they came can be read then.
+    """
+    text = """{
+        .reg .pred first, last; .reg .b32 old, most;
+        fence.acq_rel.gpu;
+        bar.warp.sync 0xffffffff;
+        sub.u32 most, $3, 1;
+        mov.b32 old, 0;
+        setp.eq.u32 first, $2, 0;
+        @first atom.relaxed.gpu.global.inc.u32 old, [$1], most;
+        shfl.sync.idx.b32 old, old, 0, 31, 0xffffffff;
+        fence.acq_rel.gpu;
+        setp.eq.u32 last, old, most;
+        selp.b32 $0, 1, 0, last;
+    }"""
+    return _asm(text, "=r,l,r,r", counter, lane & 31, count)[0]
+
+
+def loop(stop: Word, body, carry: list) -> list:
+    """`for i in range(stop): carry = body(i, carry)`."""
+    op = scf.ForOp(_constant(0), stop.value, _constant(1), carry)
+    with ir.InsertionPoint(op.body):
+        scf.YieldOp(body(Word(op.induction_variable), list(op.inner_iter_args)))
+    return list(op.results)
+
+
+def zero():
+    """The float32 0."""
+    return arith.constant(ir.F32Type.get(), 0.0)
+
+
+def select(condition: Word, if_zero: Word, otherwise: Word) -> Word:
+    """One of two numbers, by whether a third is 0."""
+    is_zero = arith.cmpi(arith.CmpIPredicate.eq, condition.value, _constant(0))
+    return Word(arith.select(is_zero, if_zero.value, otherwise.value))
+
+
+def below(a: Word, bound: int) -> Word:
+    """Whether a number is less than a bound, as 0 or 1."""
+    less = arith.cmpi(arith.CmpIPredicate.ult, a.value, _constant(bound))
+    return Word(arith.extui(_i32(), less))
 
 
 def _asm(text: str, constraints: str, *args, pure: bool = False) -> list:
@@ -359,14 +443,19 @@ def _asm(text: str, constraints: str, *args, pure: bool = False) -> list:
     return [v if c == "=f" else Word(v) for v, c in zip(values, letters, strict=True)]
 
 
-def registers(array: mgpu.FragmentedArray) -> list:
-    """The values a lane holds of an array strided over the warpgroup."""
-    (vector,) = array.registers.flat
+def elements(vector) -> list:
+    """The numbers of a vector: Words, or float32 values."""
     kind = ir.VectorType(vector.type)
     values = [llvm.extractelement(vector, _constant(i)) for i in range(kind.shape[0])]
     return (
         values if isinstance(kind.element_type, ir.F32Type) else list(map(Word, values))
     )
+
+
+def registers(array: mgpu.FragmentedArray) -> list:
+    """The values a lane holds of an array strided over the warpgroup."""
+    (vector,) = array.registers.flat
+    return elements(vector)
 
 
 def from_registers(values, struct) -> mgpu.FragmentedArray:

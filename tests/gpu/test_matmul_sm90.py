@@ -20,6 +20,8 @@ CONFIGS = [
     Config(tile_m=128, stages=6),
     Config(tile_m=128, stages=6, permuted=0, raster_width=4),
     Config(tile_m=64, stages=8),
+    Config(permuted=0, divided=True),
+    Config(tile_m=64, stages=8, permuted=0, divided=True),
 ]
 
 

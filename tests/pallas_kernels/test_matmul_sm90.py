@@ -20,54 +20,19 @@ CONFIGS = [
     matmul_sm90.Config(tile_m=192, stages=4, permuted=0),
     matmul_sm90.Config(tile_m=128, stages=6, raster_width=4),
     matmul_sm90.Config(tile_m=64, stages=8, permuted=0),
+    matmul_sm90.Config(permuted=0, divided=True),
 ]
 PASSES = {"forward": matmul_sm90.matmul, "backward": matmul_sm90.matmul_dx}
 
 
 class LaneOps(NumpyOps):
-    """`lanes.LaneOps` of a warpgroup: shared memory is numpy arrays of bytes."""
+    """`lanes.LaneOps` of a warpgroup."""
 
-    def __init__(self, codes, scales, pairs):
-        self._codes, self._scales, self._pairs = codes, scales, pairs
+    def __init__(self, pairs):
+        self._pairs = pairs
 
-    @staticmethod
-    def _words(memory, offset, count):
-        at = np.broadcast_to(offset, LANE.shape)[:, None] + np.arange(4 * count)
-        return [
-            np.ascontiguousarray(memory[at[:, 4 * i : 4 * i + 4]]).view("<u4")[:, 0]
-            for i in range(count)
-        ]
-
-    def codes(self, offset):
-        return self._words(self._codes, offset, 4)
-
-    def scales(self, offset, count):
-        return self._words(self._scales, offset, count)
-
-    def code_matrices(self, offset):
-        # lane t of a warp gives row t % 8 of matrix t // 8; lane 4 g + q gets
-        # elements [2 q, g] and [2 q + 1, g] of each
-        rows = self._codes[offset.astype(int)[:, None] + np.arange(16)].view("<u2")
-        rows = rows.reshape(4, 4, 8, 8)  # warp, matrix, row, unit
-        out = []
-        for matrix in range(4):
-            warps = rows[:, matrix].transpose(0, 2, 1)  # warp, unit, row
-            pairs = np.ascontiguousarray(warps).view("<u4")  # warp, unit, row pair
-            out.append(pairs.reshape(128))
-        return out
-
-    def table(self, offset):
-        assert (offset % lanes.TABLE_ROW == 0).all()
-        return self._pairs[offset // lanes.TABLE_ROW]
-
-    def rotate(self, a, bits):
-        a, bits = a.astype(np.uint64), np.asarray(bits, np.uint64)
-        return ((a << bits | a >> (np.uint64(32) - bits)) & 0xFFFFFFFF).astype(
-            np.uint32
-        )
-
-    def shift_left(self, a, bits):
-        return np.uint32(a) << bits
+    def look_up(self, word, byte):
+        return self._pairs[word >> np.uint32(8 * byte) & np.uint32(255)]
 
     def constant(self, x):
         return np.uint32(x)
@@ -82,16 +47,37 @@ class LaneOps(NumpyOps):
         return (a * b).view("<u4")
 
 
-def span_in_shared_memory(packed, swizzled):
-    """A span of codes [128, 64 bytes] as TMA leaves it."""
-    memory = np.zeros(128 * 64, np.uint8)
-    row, chunk = np.meshgrid(np.arange(128), np.arange(4), indexing="ij")
-    # TMA's 64-byte swizzle: address bits 4 and 5 by bits 7 and 8
-    address = row * 64 + chunk * 16
-    if swizzled:
-        address ^= (address >> 7 & 3) << 4
-    memory[address[..., None] + np.arange(16)] = packed.reshape(128, 4, 16)
+def load_words(memory, offset, count):
+    """`count` words of each lane from an array of bytes."""
+    at = np.broadcast_to(offset, LANE.shape)[:, None] + np.arange(4 * count)
+    return list(np.ascontiguousarray(memory[at]).view("<u4").T)
+
+
+def span_in_shared_memory(forward, packed):
+    """A span of codes as the loader leaves it, from [128 rows, 64 bytes]."""
+    source = lanes.forward_source if forward else lanes.backward_source
+    rows, byte = source(LANE)
+    words = []
+    for row in rows:
+        words += load_words(packed.reshape(-1), row * 64 + byte, 16 // len(rows))
+    memory = np.zeros(lanes.CODES_BYTES, np.uint8)
+    written = np.zeros(lanes.CODES_BYTES, int)
+    arrange = lanes.forward_codes if forward else lanes.backward_codes
+    for address, group in arrange(NumpyOps(), words, LANE):
+        size = 4 * len(group)
+        assert_no_bank_conflicts(address, size)
+        at = address[:, None] + np.arange(size)
+        memory[at] = np.stack(group, -1).view(np.uint8)
+        np.add.at(written, at, 1)
+    assert (written == 1).all()
     return memory
+
+
+def assert_no_bank_conflicts(address, size):
+    """Lanes of as many as 128 bytes go at a time."""
+    for group in address.reshape(-1, 128 // size):
+        banks = (group[:, None] // 4 + np.arange(size // 4)) % 32
+        assert len(np.unique(banks)) == 32
 
 
 def scales_in_shared_memory(forward, scales):
@@ -107,12 +93,11 @@ def scales_in_shared_memory(forward, scales):
     return memory
 
 
-@pytest.mark.parametrize("swizzled", [True, False])
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("wg", [0, 1])
 @pytest.mark.parametrize("permuted", [0, 1, 4])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_lanes_hold_the_first_operand(direction, permuted, wg, half, swizzled):
+def test_lanes_hold_the_first_operand(direction, permuted, wg, half):
     forward = direction == "forward"
     rng = np.random.default_rng(0)
     packed = rng.integers(0, 256, (128, 64), dtype=np.uint8)
@@ -128,18 +113,21 @@ def test_lanes_hold_the_first_operand(direction, permuted, wg, half, swizzled):
     else:
         expected = weight[half * 64 : half * 64 + 64, wg * 64 : wg * 64 + 64].T
 
-    first = "high" if forward else "low"
-    ops = LaneOps(
-        span_in_shared_memory(packed, swizzled),
-        scales_in_shared_memory(forward, scales),
-        decode.pair_table(NF4, "bfloat16", first=first),
-    )
+    wg_register = np.full(128, wg, np.uint32)
+    address = lanes.codes_address(half, LANE, wg_register)
+    assert_no_bank_conflicts(address, 16)
+    words = load_words(span_in_shared_memory(forward, packed), address, 4)
+    memory = scales_in_shared_memory(forward, scales)
+    scale_words = []
+    for address, count in lanes.scale_loads(forward, half, LANE, wg_register):
+        scale_words += load_words(memory, address, count)
+
+    ops = LaneOps(decode.pair_table(NF4, "bfloat16", first="high"))
     decoders = [lanes.Permute(NF4, "bfloat16")] * permuted
     decoders += [lanes.Table()] * (4 - permuted)
-    step = lanes.forward_step if forward else lanes.backward_step
-    wg_register = np.full(128, wg, np.uint32)
     got = np.full((64, 64), np.nan, np.float32)
-    for row, column, pair in step(ops, decoders, half, LANE, wg_register, swizzled):
+    step = lanes.decode_step(ops, forward, decoders, words, scale_words)
+    for row, column, pair in step:
         numbers = np.ascontiguousarray(pair).view(bf16).reshape(128, 2)
         features = lanes.feature(LANE) + row
         columns = 8 * column + 2 * (LANE & 3)
