@@ -1,5 +1,6 @@
 """Tokenized sources on disk: written once, mapped into memory ever after."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -190,6 +191,21 @@ def examples_of(
     Raises:
         DataError: if the source cannot be read, is empty, or has too many bad rows.
     """
+    # Tokenizers work outside Python's lock: the next rows are rendered meanwhile.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        encoding = None
+        for parts in _parts_of(source, encoder, bad, counts, chunk):
+            next_one = thread.submit(encoder.encode_parts, parts)
+            if encoding is not None:
+                yield encoding.result()
+            encoding = next_one
+        if encoding is not None:
+            yield encoding.result()
+
+
+def _parts_of(
+    source: Source, encoder: Encoder, bad: BadRows, counts: Counts, chunk: int
+) -> Iterator[list[tuple[list[Part], Conversation]]]:
     waiting: list[tuple[list[Part], Conversation]] = []
     for where, found in source.conversations():
         counts.rows += 1
@@ -205,10 +221,10 @@ def examples_of(
             except DataError as error:
                 bad.add(DataError(f"{where}: {error}"))
         if len(waiting) >= chunk:
-            yield encoder.encode_parts(waiting)
+            yield waiting
             waiting = []
     if waiting:
-        yield encoder.encode_parts(waiting)
+        yield waiting
     if not counts.rows:
         raise DataError(f"{source.path} holds no rows.")
 

@@ -275,7 +275,10 @@ class Encoder:
                 return [*spans, content, Part(self.tokenizer.eos_token, True, True)]
             upto = whole if i == last else self._render(messages[: i + 1], tools)
             stop = _common(whole, upto)
-            if not whole.startswith(head) or stop < len(head):
+            # The last turn of a shorter conversation may end with more than the same
+            # turn does here, but with no other words.
+            otherwise = self._control.sub("", upto[stop:]).strip()
+            if not whole.startswith(head) or stop < len(head) or otherwise:
                 raise DataError(
                     f"the chat template writes the turns before messages[{i + 1}] anew "
                     "after it, so that answers cannot be told apart; learn the last "

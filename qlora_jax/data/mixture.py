@@ -120,7 +120,7 @@ class Mixture:
         """Returns this process's share of one batch by its number."""
         rows = self.rows_of(number)
         # All processes make the same shape: that of the whole batch.
-        width = self._width(self._lengths(rows))
+        width = self._width(self._all_lengths[rows])
         mine = rows[self._process_index :: self._process_count]
         batch = empty_batch(len(mine), width, self._sources[0].packing)
         for place, row in enumerate(mine.tolist()):
@@ -130,11 +130,17 @@ class Mixture:
         return batch
 
     def padding(self) -> float:
-        """Returns the share of the tokens of a pass that is padding."""
+        """Returns the share of the tokens that is padding.
+
+        Of rows grouped by length, in so many of the first batches as tell it well.
+        """
+        used, total = int(self._all_lengths.sum()), len(self._all_lengths)
+        if not self._grouped:
+            return 1 - used / (total * self._widths[-1])
         used = total = 0
-        for number in range(len(self)):
-            lengths = self._lengths(self.rows_of(number))
-            used += lengths.sum()
+        for number in range(min(len(self), 20 * self._batches_of_group())):
+            lengths = self._all_lengths[self.rows_of(number)]
+            used += int(lengths.sum())
             total += self._width(lengths) * self.batch_size
         return 1 - used / total
 
@@ -174,32 +180,25 @@ class Mixture:
     def _by_length(self, groups: Any) -> Any:
         """Returns the map from a group to its rows, from the longest to the shortest.
 
-        The longest row of the first pass changes places with the longest of the first
-        group: a run that does not fit into memory ends at its first step.
+        The longest row changes names with one of its source in the first group: a run
+        that does not fit into memory ends at its first step.
         """
-        size = self.batch_size * self._batches_of_group()
-        count = -(-int(self._firsts[-1]) // size)
-        heads = [int(self._lengths(groups[i]).max()) for i in range(count)]
-        other = int(np.argmax(heads))
-        first, second = groups[0].copy(), groups[other].copy()
-        if other:
-            a, b = (int(self._lengths(group).argmax()) for group in (first, second))
-            first[a], second[b] = second[b], first[a]
-        changed = {other: second} | {0: first}
+        longest = int(self._all_lengths.argmax())
+        source = bisect.bisect_right(self._firsts, longest)
+        alike = np.searchsorted(self._firsts, groups[0], side="right") == source
+        other = int(groups[0][alike.argmax()]) if alike.any() else longest
+        names = {longest: other, other: longest}
 
         @functools.lru_cache(maxsize=2)
         def group(number: int) -> np.ndarray:
-            rows = changed[number] if number in changed else groups[number]
-            return rows[np.argsort(-self._lengths(rows), kind="stable")]
+            rows = np.array([names.get(row, row) for row in groups[number].tolist()])
+            return rows[np.argsort(-self._all_lengths[rows], kind="stable")]
 
         return group
 
     @functools.cached_property
     def _all_lengths(self) -> "Int[np.ndarray, 'rows']":
         return np.concatenate([rows.lengths for rows in self._sources])
-
-    def _lengths(self, rows: "Int[np.ndarray, 'n']") -> "Int[np.ndarray, 'n']":
-        return self._all_lengths[rows]
 
     def _width(self, lengths: "Int[np.ndarray, 'n']") -> int:
         if not self._grouped:

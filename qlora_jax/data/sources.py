@@ -330,7 +330,8 @@ def _table_rows(file: pathlib.Path) -> Iterator[Found]:
             else:
                 yield where, row
     except csv.Error as error:
-        place = f"{file}, line {reader.line_num}"
+        # Lines are counted when they have been read.
+        place = f"{file}, line {reader.line_num + 1}"
         raise DataError(f"{place} is no table: {error}.") from None
 
 
