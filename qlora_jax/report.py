@@ -84,9 +84,10 @@ def _page(folder: pathlib.Path, lines: Sequence[Line]) -> list[str]:
         if last.get(name) is not None:
             page.append(f"| {label} | {form.format(last[name])} |")
     page += ["", "![Loss](loss.png)", "", "![Curves](curves.png)", ""]
-    evaluations = [x for x in lines if "eval_loss" in x]
+    # The last line repeats the numbers of the last evaluation.
+    evaluations = {x["step"]: x for x in lines if "eval_loss" in x}
     if len(evaluations) > 2:
-        page += _evaluations(evaluations)
+        page += _evaluations(list(evaluations.values()))
     sampled = [x["samples"] for x in lines if x.get("samples")]
     if sampled:
         page += _samples(sampled[0], sampled[-1])

@@ -1,0 +1,8 @@
+"""`python -m qlora_jax.cli` is `qlora-jax`."""
+
+import sys
+
+from qlora_jax.cli.main import main
+
+if __name__ == "__main__":  # it is imported to check signatures
+    sys.exit(main())

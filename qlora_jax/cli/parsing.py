@@ -1,0 +1,166 @@
+"""From a command line and a YAML file to the dataclass of a subcommand."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import pathlib
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+
+def parse[Options](
+    options: type[Options], argv: Sequence[str], prog: str, default: Any = None
+) -> Options:
+    """Returns the options that a command line gives.
+
+    Args:
+        options: a dataclass; its docstring has the help of every field.
+        argv: flags, and positional arguments where the dataclass has some.
+        prog: what the usage calls the program.
+        default: an instance that the flags change; None for the dataclass's defaults.
+
+    Raises:
+        ValueError: if a flag is unknown (with the nearest one) or a value is wrong.
+        SystemExit: after --help.
+    """
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            kwargs = {} if default is None else {"default": default}
+            return tyro.cli(options, args=list(argv), prog=prog, **kwargs)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        command = prog.split(" [")[0]
+        raise ValueError(f"{_plain(said.getvalue())} See {command} --help.") from None
+
+
+def _plain(box: str) -> str:
+    """Returns the words of tyro's framed message as one line."""
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line) for line in box.splitlines()]
+    parts = [line for line in lines if line.strip() and line[0] not in "╭╰+"]
+    ends = [i for i, line in enumerate(parts) if set(line.strip()) <= set("─-")]
+    first = " ".join(line.strip() for line in parts[: ends[0] if ends else None])
+    meant = [line.split()[0] for line in parts if re.match(r"\s+--?\w", line)]
+    if "nrecognized" in first and meant:
+        return f"{first.rstrip('.')}. Perhaps you meant {' or '.join(meant[:2])}."
+    return first if first.endswith((".", "?")) else f"{first}."
+
+
+def read_yaml(path: pathlib.Path, options: type) -> dict[str, Any]:
+    """Reads the values that a YAML (or JSON) file gives to fields of a dataclass.
+
+    Raises:
+        ValueError: if the file cannot be read, a key is none of the fields (with the
+            nearest one), or a value is not of the field's type.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML: {where}.") from None
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} must hold `name: value` lines.")
+    hints = typing.get_type_hints(options)
+    names = [field.name for field in dataclasses.fields(options)]
+    values = {}
+    for key, value in found.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"{path}: there is no setting {key!r}{hint}")
+        try:
+            values[name] = _as_type(value, hints[name])
+        except ValueError:
+            raise ValueError(
+                f"{path}: {key} is {value!r}, expected {_described(hints[name])}."
+            ) from None
+    return values
+
+
+def _as_type(value: Any, hint: Any) -> Any:
+    """Returns a value of YAML as a field has it; ValueError if it is none."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            with contextlib.suppress(ValueError):
+                return _as_type(value, option)
+        raise ValueError
+    if origin is Literal:
+        if value in args:
+            return value
+    elif origin is tuple:
+        # Of sources: a path, a mapping with more about it, or a list of these.
+        several = value if isinstance(value, list | tuple) else [value]
+        return tuple(_as_type(v, args[0]) for v in several)
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is str:
+        if isinstance(value, Mapping):
+            return json.dumps(value)
+        if isinstance(value, str):
+            return value
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint is float and not isinstance(value, bool):
+        # YAML takes 2e-4, which has no point, for text.
+        if isinstance(value, int | float | str):
+            return float(value)
+    raise ValueError
+
+
+def _described(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false"}
+    names |= {str: "text", type(None): "nothing"}
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if typing.get_origin(hint) is tuple:
+        return "a list of files"
+    parts = typing.get_args(hint) or (hint,)
+    return " or ".join(names.get(part, str(part)) for part in parts)
+
+
+def source_of(text: str) -> Any:
+    """Returns a source of data: a path, or what a text that begins with { maps."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The source {text} is not JSON ({error}).") from None
+
+
+def split_config(argv: Sequence[str]) -> tuple[pathlib.Path | None, list[str]]:
+    """Takes the configuration file, which may come first, from a command line."""
+    if argv and not argv[0].startswith("-"):
+        return pathlib.Path(argv[0]), list(argv[1:])
+    return None, list(argv)
+
+
+def command_line(command: str, argv: Sequence[str]) -> str:
+    """Returns what a user would type."""
+    import shlex
+
+    program = pathlib.Path(sys.argv[0]).name
+    start = "python -m qlora_jax.cli" if program == "__main__.py" else "qlora-jax"
+    return f"{start} {command} {shlex.join(argv)}".strip()
