@@ -23,6 +23,7 @@ FOREIGN = (
     "orbax.checkpoint",
     "safetensors.numpy",
     "tokenizers",
+    "tyro",
 )
 
 

@@ -4,5 +4,5 @@ import sys
 
 from qlora_jax.cli.main import main
 
-if __name__ == "__main__":  # it is imported to check signatures
+if __name__ == "__main__":
     sys.exit(main())
