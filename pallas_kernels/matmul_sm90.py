@@ -120,6 +120,7 @@ class Config:
         """Bytes of shared memory, barriers not counted."""
         return (
             TABLE_BYTES * (self.permuted < STEP_WORDS)
+            + 256 * 4
             + self.stages * self.tile_m * STEP * 2
             + CODE_STAGES * (CODES_BYTES + LANES * SPAN_STEPS * 4)
             + 2 * OUT_SLOTS * OUT_ROWS * 64 * 2
@@ -260,16 +261,17 @@ def _call(direction, x, packed, spec, config):
     out_type = jax.ShapeDtypeStruct(out_shape, x.dtype)
     counters = []
     if config.divided:
-        # One part for each of the two tiles a worker's piece may lie in.
-        part = (2 * workers, TILE_FEATURES * config.tile_m)
+        # A worker leaves one part at most.
+        part = (workers, TILE_FEATURES * config.tile_m)
         out_type = out_type, jax.ShapeDtypeStruct(part, jnp.float32)
+        # A kernel leaves them as they were, 0.
         counters = [jnp.zeros(8 * workers, jnp.int32)]
     kernel = plgpu.kernel(
         functools.partial(
             body, forward=direction == "forward", spec=spec, config=config
         ),
         out_type=out_type,
-        scratch_types=scratch(x.dtype, config),
+        scratch_types=scratch(x.dtype, spec, config),
         grid=(workers,),
         grid_names=("sm",),
         cluster=(config.cluster,),

@@ -47,7 +47,7 @@ def _swizzled() -> tuple:
     return (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128))
 
 
-def scratch(dtype, config) -> dict:
+def scratch(dtype, spec, config) -> dict:
     """Shared memory and barriers of a block."""
     if config.cluster > 1:
         x_empty = plgpu.ClusterBarrier(
@@ -62,7 +62,10 @@ def scratch(dtype, config) -> dict:
             # each consumer writes half of it
             table_full=plgpu.Barrier(num_arrivals=2),
         )
-    return table | dict(
+    numbers = {}
+    if spec.nested_codebook is not None:
+        numbers = dict(numbers_smem=plgpu.SMEM((256,), jnp.float32))
+    return (table | numbers) | dict(
         x_smem=plgpu.SMEM(
             (config.stages, config.tile_m, STEP), dtype, transforms=_swizzled()
         ),
@@ -125,49 +128,68 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
         codes = _Codes(forward, spec, codes_gmem)
         scales = _Scales(forward, spec, dtype.name, scales_gmem)
         offset = scales.offset(layer)
-        total = schedule.total(worker)
+        numbers = ()
+        if spec.nested_codebook is not None:
+            numbers = (s["numbers_smem"],)
+            scales.write_numbers(*numbers)
+            plgpu.commit_smem()
 
-        def locate(count):
-            # Beyond the last span anything will do: it is loaded but never used.
-            count = jnp.maximum(jnp.minimum(count, total - 1), 0)
-            tile, i = schedule.locate(worker, count)
-            return *place(jnp.minimum(tile, schedule.tiles - 1)), i
+        def start(index):
+            # Beyond the last segment anything will do: it is loaded but never used.
+            index = jnp.minimum(index, schedule.segments(worker) - 1)
+            seg = schedule.segment(worker, jnp.maximum(index, 0))
+            m0, f0 = place(jnp.minimum(seg.tile, schedule.tiles - 1))
+            return m0, f0, seg.first, seg.first + seg.length, index
 
-        def read(count):
-            _, f0, i = locate(count)
+        def advance(position):
+            m0, f0, i, end, index = position
+            return lax.cond(
+                i + 1 < end,
+                lambda: (m0, f0, i + 1, end, index),
+                lambda: start(index + 1),
+            )
+
+        def read(position):
+            _, f0, i, *_ = position
             return codes.load(layer, f0, i), scales.load(layer, f0, i)
 
         def put(count, raw):
             at = slot(count, CODE_STAGES)
-            numbers = scales.look_up(raw[1])
             plgpu.barrier_wait(s["codes_empty"].at[at])
             codes.put(raw[0], codes_smem.at[at])
-            scales.put(numbers, offset, scales_smem.at[at])
+            scales.put(raw[1], offset, scales_smem.at[at], *numbers)
             plgpu.barrier_arrive(s["codes_full"].at[at])
 
         def copy_x(step, m0, column):
             at = slot(step, config.stages)
             plgpu.barrier_wait(s["x_empty"].at[at])
             plgpu.copy_gmem_to_smem(
-                x_gmem.at[pl.ds(m0, tile_m), pl.ds(column, STEP)],
+                x_gmem.at[
+                    pl.ds(pl.multiple_of(m0, tile_m), tile_m),
+                    pl.ds(pl.multiple_of(column, STEP), STEP),
+                ],
                 x_smem.at[at],
                 s["x_full"].at[at],
                 collective_axes="cluster" if config.cluster > 1 else None,
             )
 
-        def span(count, raw):
+        def span(count, carry):
             # Codes and scales a span ahead, since they are decoded a step ahead, and
             # out of memory another one ahead: they are on their way while this
             # warpgroup waits for room for x.
+            (m0, i), after, ahead, raw = carry
             put(count + 1, raw)
-            raw = read(count + 2)
-            m0, _, i = locate(count)
+            raw = read(ahead)
             for half in range(SPAN_STEPS):
                 copy_x(count * SPAN_STEPS + half, m0, i * SPAN + half * STEP)
-            return raw
+            return after, (ahead[0], ahead[2]), advance(ahead), raw
 
-        put(jnp.int32(0), read(jnp.int32(0)))
-        lax.fori_loop(0, total, span, read(jnp.int32(1)))
+        here = start(jnp.int32(0))
+        put(jnp.int32(0), read(here))
+        after = advance(here)
+        raw = read(after)
+        carry = (here[0], here[2]), (after[0], after[2]), advance(after), raw
+        lax.fori_loop(0, schedule.total(worker), span, carry)
 
         if config.cluster > 1:
             # A block must not end before its neighbour has released everything.
@@ -245,18 +267,16 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
                 release((seg.start + seg.length) * SPAN_STEPS - 1)
                 y = acc[...]
 
-                def store():
-                    write_tile(y, m0, f0)
-
-                def share():
-                    _share_tile(
-                        schedule, seg, y, worker, wg, (m0, f0), out_gmem, *shared
-                    )
-
                 if config.divided:
-                    lax.cond(seg.length < schedule.spans, share, store)
+                    shares = schedule.shares(worker, seg)
+                    y = _collect(y, shares, wg, *shared)
+                    lax.cond(
+                        shares.leaves,
+                        lambda: _leave(y, shares, worker, wg, *shared),
+                        lambda: write_tile(y, m0, f0),
+                    )
                 else:
-                    store()
+                    write_tile(y, m0, f0)
                 return w_last
 
             return w_last
@@ -367,72 +387,75 @@ def _store_rows(dtype, y, first, out_smem):
     run(y, out_smem)
 
 
-def _share_tile(schedule, seg, y, worker, wg, origin, out_gmem, counters, partial):
-    """Leaves a part of a tile in memory; who comes last adds all up, in their order.
-
-    A warp does this for itself: it has the same rows and features in every block. The
-    counters, one a warp, are 0 again in the end.
-    """
-    first, index, count = schedule.sharers(seg.tile)
-    numbers = (
-        seg.index * schedule.workers + worker,  # where this part is left
-        index * schedule.workers + first,  # where the first one is
-        first,
-        count,
-        seg.tile - schedule.whole,
-        wg,
-        *origin,
-    )
-    rows, columns = out_gmem.shape
-    dtype = out_gmem.dtype
+def _leave(y, shares, worker, wg, counters, parts):
+    """Leaves a part of a tile in memory for who collects it, warp for warp."""
+    numbers = worker, shares.place, wg
 
     @plgpu.inline_mgpu(
         arg_types=(
             plgpu.Layout.WGMMA,
-            *(plgpu.RefType(),) * 3,
+            *(plgpu.RefType(),) * 2,
             (plgpu.Layout.WG_SPLAT,) * len(numbers),
         )
     )
-    def run(_, y, out, counters, partial, numbers):
-        numbers = list(map(lanes.scalar, numbers))
-        own, first_part, first, count, tile, wg, m0, f0 = numbers
-        lane, ops = lanes.lane_index(), lanes.LaneOps(jnp.dtype(dtype).name)
-        pairs = y.registers.reshape(-1, 2)
-        part_bytes = len(pairs) * LANES * 16
+    def run(_, y, counters, parts, numbers):
+        part, place, wg = map(lanes.scalar, numbers)
+        lane = lanes.lane_index()
+        where = lanes.part_address(parts, part, wg, lane)
+        vectors = y.registers.reshape(-1, 2)
+        for i, pair in enumerate(vectors):
+            group = [x for vector in pair for x in lanes.elements(vector)]
+            lanes.store_global("v4.f32", where, i * LANES * 16, group)
+        warp = place * 8 + wg * 4 + (lane >> 5)
+        lanes.arrive(lanes.global_address(counters, warp), lane)
 
-        def address(part):
-            return lanes.row_address(partial, part * 2 + wg, part_bytes, lane * 16)
+    run(y, counters, parts, numbers)
 
-        values = [lanes.elements(r) for r in pairs.flat]
-        for i in range(len(pairs)):
-            group = [*values[2 * i], *values[2 * i + 1]]
-            lanes.store_global("v4.f32", address(own), i * LANES * 16, group)
-        warp = tile * 8 + wg * 4 + (lane >> 5)
-        last = lanes.arrive(lanes.global_address(counters, warp), lane, count)
 
-        def add(part, sums):
-            where = address(lanes.select(part, first_part, first + part))
+def _collect(y, shares, wg, counters, parts):
+    """Adds to a tile what the others left of it, in their order.
+
+    A warp does this for itself: it has the same rows and features in every block. It
+    leaves its counter as it was, 0.
+    """
+    numbers = shares.first, shares.others, shares.place, wg
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.Layout.WGMMA,
+            *(plgpu.RefType(),) * 2,
+            (plgpu.Layout.WG_SPLAT,) * len(numbers),
+        ),
+        return_type=plgpu.ShapeDtypeStruct(y.shape, y.dtype, plgpu.Layout.WGMMA),
+    )
+    def run(_, y, counters, parts, numbers):
+        first, others, place, wg = map(lanes.scalar, numbers)
+        lane = lanes.lane_index()
+        warp = place * 8 + wg * 4 + (lane >> 5)
+        lanes.wait(lanes.global_address(counters, warp), lane, others)
+
+        def add(i, sums):
+            where = lanes.part_address(parts, first + i, wg, lane)
             return [
                 arith.addf(total, value)
-                for i in range(len(pairs))
+                for j in range(0, len(sums), 4)
                 for total, value in zip(
-                    sums[4 * i : 4 * i + 4],
-                    lanes.load("global.cg.v4.f32", where, i * LANES * 16),
+                    sums[j : j + 4],
+                    lanes.load("global.cg.v4.f32", where, j // 4 * LANES * 16),
                     strict=True,
                 )
             ]
 
-        sums = lanes.loop(last * count, add, [lanes.zero()] * (4 * len(pairs)))
-        column = f0 + wg * 64 + lanes.feature(lane)
-        for i in range(len(pairs)):
-            for e in range(2):
-                row = m0 + (lane & 3) * 2 + (8 * i + e)
-                pair = ops.round_pair(sums[4 * i + e], sums[4 * i + 2 + e])
-                where = lanes.row_address(out, row, columns * 2, column * 2)
-                inside = lanes.below(row, rows) & lanes.below(column, columns)
-                lanes.store_global_if(last & inside, where, pair)
+        own = [x for vector in y.registers.flat for x in lanes.elements(vector)]
+        sums = lanes.loop(others, add, own)
+        out = np.empty(y.registers.size, dtype=object)
+        for i in range(out.size):
+            out[i] = lanes.vector(sums[2 * i : 2 * i + 2])
+        return mgpu.FragmentedArray(
+            _registers=out.reshape(y.registers.shape), _layout=y.layout, _is_signed=None
+        )
 
-    run(y, out_gmem, counters, partial, numbers)
+    return run(y, counters, parts, numbers)
 
 
 class _Codes:
@@ -451,32 +474,34 @@ class _Codes:
         def read(_, ref, layer, f0, span):
             words = []
             places = self._places(*map(lanes.scalar, (layer, f0, span)))
-            kind = f"global.nc.v{CODES_WORDS // len(places)}.b32"
-            kind = kind.replace(".v1", "")
-            for row, byte in places:
+            size = CODES_WORDS // len(places)
+            kind = "global.nc.v4.b32" if size == 4 else "global.nc.b32"
+            for row, byte, rows_on in places:
                 where = lanes.row_address(ref, row, self.spec.k // 2, byte)
-                words += lanes.load(kind, where)
+                words += lanes.load(kind, where, rows_on * (self.spec.k // 2))
             return lanes.from_registers(words, out)
 
         return read(self.gmem, layer, f0, span)
 
     def _places(self, layer, f0, span):
-        """Row and byte of each load of a lane: four of 16 bytes, or 16 of 4.
+        """Row, byte and further rows of each load: four of 16 bytes, or 16 of 4.
 
         Beyond the last row or column any codes will do: x or the result ends there.
         """
         spec, lane = self.spec, lanes.lane_index()
         row_bytes = spec.k // 2
         source = lanes.forward_source if self.forward else lanes.backward_source
-        rows, byte = source(lane)
+        row, rows_on, byte = source(lane)
         if self.forward:
-            row0, byte = f0, (byte + span * SPAN_BYTES).minimum(row_bytes - 16)
+            row = f0 + row
+            byte = (byte + span * SPAN_BYTES).minimum(row_bytes - 16)
         else:
-            row0, byte = span * SPAN, ((f0 >> 1) + byte).minimum(row_bytes - 4)
-        rows = [row0 + row for row in rows]
+            row = span * SPAN + row
+            byte = ((f0 >> 1) + byte).minimum(row_bytes - 4)
+        first = layer * spec.n
         if spec.n % SPAN:
-            rows = [row.minimum(spec.n - 1) for row in rows]
-        return [(layer * spec.n + row, byte) for row in rows]
+            return [(first + (row + i).minimum(spec.n - 1), byte, 0) for i in rows_on]
+        return [(first + row, byte, i) for i in rows_on]
 
     def put(self, words, codes_smem):
         """Rearranges what `load` started and stores it for the consumers."""
@@ -569,40 +594,43 @@ class _Scales:
             places.append((layer * spec.num_blocks + index, layer * num_outer + outer))
         return places
 
-    def look_up(self, raw):
-        """Starts the loads of the numbers that double-quantized scales stand for."""
-        if not self.nested:
-            return raw
-        layouts = tuple(map(_strided, raw))
-        out = _per_lane(2, jnp.float32)
+    def write_numbers(self, numbers_smem):
+        """Copies the numbers that double-quantized scales stand for."""
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layouts[0]), return_type=out)
-        def read(_, table, codes):
-            codes = lanes.registers(codes)
-            if self.vector:
-                codes = [codes[0] & 255, codes[0] >> 8]
-            numbers = []
-            for code in codes:
-                where = lanes.global_address(table, code)
-                numbers += lanes.load("global.nc.f32", where)
-            return lanes.from_registers(numbers, out)
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+        def run(_, source, target):
+            for i in (0, LANES):
+                index = lanes.lane_index() + i
+                (number,) = lanes.load(
+                    "global.nc.b32", lanes.global_address(source, index)
+                )
+                lanes.store("b32", lanes.address(target) + index * 4, [number])
 
-        return read(self.gmem[3], raw[0]), raw[1]
+        run(self.gmem[3], numbers_smem)
 
-    def put(self, found, offset, scales_smem):
-        """Finishes what `look_up` started and stores it for the consumers."""
-        inputs = (*found, offset) if self.nested else found
+    def put(self, raw, offset, scales_smem, *numbers_smem):
+        """Finishes what `load` started and stores it for the consumers."""
+        inputs = (*raw, offset) if self.nested else raw
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), tuple(map(_strided, inputs))))
-        def compute(_, target, inputs):
+        @plgpu.inline_mgpu(
+            arg_types=(
+                plgpu.RefType(),
+                tuple(plgpu.RefType() for _ in numbers_smem),
+                tuple(map(_strided, inputs)),
+            )
+        )
+        def compute(_, target, numbers, inputs):
             values, *rest = map(lanes.registers, inputs)
             if self.nested:
                 outer, (offset,) = rest
+                if self.vector:
+                    values = [values[0] & 255, values[0] >> 8]
+                    outer = outer * 2
+                table = lanes.address(numbers[0])
                 values = [
                     arith.addf(arith.mulf(number, by), offset)
-                    for number, by in zip(
-                        values, outer * (2 // len(outer)), strict=True
-                    )
+                    for code, by in zip(values, outer, strict=True)
+                    for number in lanes.load("shared.f32", table + code * 4)
                 ]
             ops = lanes.LaneOps(self.dtype)
             target = lanes.address(target)
@@ -611,4 +639,4 @@ class _Scales:
             for value, at in zip(values, offsets, strict=True):
                 lanes.store(kind, target + at, [ops.round_pair(value, value)])
 
-        compute(scales_smem, inputs)
+        compute(scales_smem, numbers_smem, inputs)

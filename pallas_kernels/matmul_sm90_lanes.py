@@ -76,9 +76,13 @@ def scale_addresses(forward: bool, lane: Integer) -> list[Integer]:
     return [place, place + LANES * 4]
 
 
-def forward_source(lane: Integer) -> tuple[list, Integer]:
-    """Rows and byte of the 4 times 16 bytes of a span that a loader's lane reads."""
-    return [(lane >> 2) + 32 * i for i in range(4)], (lane & 3) * 16
+def forward_source(lane: Integer) -> tuple[Integer, list[int], Integer]:
+    """What a loader's lane reads of a span, in 4 loads of 16 bytes.
+
+    Returns:
+        The first row, how many rows further each load is, and the byte of the row.
+    """
+    return lane >> 2, [32 * i for i in range(4)], (lane & 3) * 16
 
 
 def forward_codes(ops, words, lane):
@@ -102,10 +106,10 @@ def forward_codes(ops, words, lane):
             yield base + slot, [word]
 
 
-def backward_source(lane: Integer) -> tuple[list, Integer]:
-    """Rows and byte of the 16 words of codes of a span that a loader's lane reads."""
+def backward_source(lane: Integer) -> tuple[Integer, list[int], Integer]:
+    """As `forward_source`, of 16 loads of 4 bytes."""
     row = (lane >> 6) * STEP + (lane >> 4 & 3) * 2
-    return [row + (8 * i + e) for i in range(8) for e in range(2)], (lane & 15) * 4
+    return row, [8 * i + e for i in range(8) for e in range(2)], (lane & 15) * 4
 
 
 def backward_codes(ops, words, lane):
@@ -369,31 +373,49 @@ def store_global(kind: str, where, offset: int, values) -> None:
     _asm(text, ",".join(["l"] + ["f"] * len(values)), where, *values)
 
 
-def store_global_if(condition: Word, where, value: Word) -> None:
-    """Stores 32 bits to global memory if a number is not 0."""
-    text = "{.reg .pred p; setp.ne.b32 p, $0, 0; @p st.global.b32 [$1], $2;}"
-    _asm(text, "r,l,r", condition, where, value)
+def part_address(parts, part: Word, wg: Word, lane: Word):
+    """Where a lane's first four numbers of a consumer's part of a tile are.
 
-
-def arrive(counter, lane: Word, count: Word) -> Word:
-    """Whether this warp is the last of `count` warps to come here, as 0 or 1.
-
-    What the others wrote to global memory before they came can be read then.
+    The next four are LANES x 16 bytes on. A row of `parts` is of both consumers.
     """
+    row_bytes = ir.MemRefType(parts.type).shape[1] * 4
+    return row_address(parts, part, row_bytes, wg * (row_bytes // 2) + lane * 16)
+
+
+def arrive(counter, lane: Word) -> None:
+    """Adds 1 to a counter when what all lanes of the warp stored can be read."""
     text = """{
-        .reg .pred first, last; .reg .b32 old, most;
+        .reg .pred first;
+        setp.eq.u32 first, $1, 0;
         fence.acq_rel.gpu;
         bar.warp.sync 0xffffffff;
-        sub.u32 most, $3, 1;
-        mov.b32 old, 0;
-        setp.eq.u32 first, $2, 0;
-        @first atom.relaxed.gpu.global.inc.u32 old, [$1], most;
-        shfl.sync.idx.b32 old, old, 0, 31, 0xffffffff;
-        fence.acq_rel.gpu;
-        setp.eq.u32 last, old, most;
-        selp.b32 $0, 1, 0, last;
+        @first red.relaxed.gpu.global.add.u32 [$0], 1;
     }"""
-    return _asm(text, "=r,l,r,r", counter, lane & 31, count)[0]
+    _asm(text, "l,r", counter, lane & 31)
+
+
+def wait(counter, lane: Word, count: Word) -> None:
+    """Waits until so many came, and takes them off the counter."""
+    text = """{
+        .reg .pred more, reset; .reg .b32 now;
+        AGAIN:
+        ld.acquire.gpu.global.b32 now, [$0];
+        setp.lt.u32 more, now, $2;
+        @more bra AGAIN;
+        bar.warp.sync 0xffffffff;
+        setp.eq.u32 reset, $1, 0;
+        setp.gt.and.u32 reset, $2, 0, reset;
+        @reset st.relaxed.gpu.global.b32 [$0], 0;
+    }"""
+    _asm(text, "l,r,r", counter, lane & 31, count)
+
+
+def vector(values):
+    """A vector of float32 values."""
+    out = llvm.mlir_undef(ir.VectorType.get((len(values),), ir.F32Type.get()))
+    for i, value in enumerate(values):
+        out = llvm.insertelement(out, value, _constant(i))
+    return out
 
 
 def loop(stop: Word, body, carry: list) -> list:
@@ -402,23 +424,6 @@ def loop(stop: Word, body, carry: list) -> list:
     with ir.InsertionPoint(op.body):
         scf.YieldOp(body(Word(op.induction_variable), list(op.inner_iter_args)))
     return list(op.results)
-
-
-def zero():
-    """The float32 0."""
-    return arith.constant(ir.F32Type.get(), 0.0)
-
-
-def select(condition: Word, if_zero: Word, otherwise: Word) -> Word:
-    """One of two numbers, by whether a third is 0."""
-    is_zero = arith.cmpi(arith.CmpIPredicate.eq, condition.value, _constant(0))
-    return Word(arith.select(is_zero, if_zero.value, otherwise.value))
-
-
-def below(a: Word, bound: int) -> Word:
-    """Whether a number is less than a bound, as 0 or 1."""
-    less = arith.cmpi(arith.CmpIPredicate.ult, a.value, _constant(bound))
-    return Word(arith.extui(_i32(), less))
 
 
 def _asm(text: str, constraints: str, *args, pure: bool = False) -> list:

@@ -39,15 +39,34 @@ class Segment:
 
     Attributes:
         tile: which tile.
+        first: the first span, of the tile's.
         start: the worker's count at the first span.
         length: how many spans.
         index: of the worker's segments.
     """
 
     tile: Number
+    first: Number
     start: Number
     length: Number
     index: Number
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """What a worker does with what it accumulated of a tile that may be cut.
+
+    Attributes:
+        leaves: whether it leaves it to another worker.
+        first: the first worker who left a part for this one.
+        others: how many did, one after the other; 0 for a whole tile.
+        place: of the tile, of those that are cut; 0 for a whole tile.
+    """
+
+    leaves: Number
+    first: Number
+    others: Number
+    place: Number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +145,31 @@ class Schedule:
         end = _where((index == 0) & (pieces > 1), second, length)
         in_piece = index < pieces
         start = _where(in_piece, start, length + (index - pieces) * self.spans)
-        tile, _ = self.locate(worker, start)
-        return Segment(tile, start, _where(in_piece, end - start, self.spans), index)
+        tile, span = self.locate(worker, start)
+        length = _where(in_piece, end - start, self.spans)
+        return Segment(tile, span, start, length, index)
 
     def sharers(self, tile: Number) -> tuple[Number, Number, Number]:
-        """The first worker with spans of a tile that is cut, which segment, how many.
+        """Who accumulates a tile that is cut: first worker, its segment, how many.
 
-        The others are the workers after it, with their first segments.
+        The others are the workers after it, with their first segments, which they are
+        done with no later than the first one with its.
         """
         begin = (tile - self.whole) * self.spans
-        linear = self.cut * self.spans
+        linear = max(self.cut * self.spans, 1)
         first = _divide((begin + 1) * self.pieces - 1, linear)
         last = _divide((begin + self.spans) * self.pieces - 1, linear)
         index = _where(self.piece(first) < begin, 1, 0)
         return first, index, last - first + 1
+
+    def shares(self, worker: Number, segment: Segment) -> Shares:
+        """What becomes of a worker's segment."""
+        first, index, count = self.sharers(segment.tile)
+        in_part = segment.length < self.spans
+        collects = in_part & (worker == first) & (segment.index == index)
+        return Shares(
+            in_part & ~collects,
+            first + 1,
+            _where(collects, count - 1, 0),
+            _where(in_part, segment.tile - self.whole, 0),
+        )

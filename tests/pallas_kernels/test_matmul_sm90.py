@@ -56,10 +56,11 @@ def load_words(memory, offset, count):
 def span_in_shared_memory(forward, packed):
     """A span of codes as the loader leaves it, from [128 rows, 64 bytes]."""
     source = lanes.forward_source if forward else lanes.backward_source
-    rows, byte = source(LANE)
+    first, rows_on, byte = source(LANE)
     words = []
-    for row in rows:
-        words += load_words(packed.reshape(-1), row * 64 + byte, 16 // len(rows))
+    for row in rows_on:
+        at = (first + row) * 64 + byte
+        words += load_words(packed.reshape(-1), at, 16 // len(rows_on))
     memory = np.zeros(lanes.CODES_BYTES, np.uint8)
     written = np.zeros(lanes.CODES_BYTES, int)
     arrange = lanes.forward_codes if forward else lanes.backward_codes
