@@ -53,6 +53,7 @@ def main() -> None:
     add("--batches", type=int, default=500)
     add("--out", default=str(RESULTS / "data.json"))
     args = parser.parse_args()
+    load = os.getloadavg()[0]
     tokenizer = ql.load_tokenizer(args.model)
     folder = pathlib.Path(tempfile.mkdtemp())
     try:
@@ -69,7 +70,9 @@ def main() -> None:
                 **options,
             )
 
+        cpu = time.process_time()
         plain, first_s = timed(prepare)
+        cpu_s = time.process_time() - cpu
         grouped, reload_s = timed(lambda: prepare(group_by_length=True))
         _, again_s = timed(prepare)
         packed, packed_s = timed(lambda: prepare(packing=True))
@@ -92,6 +95,7 @@ def main() -> None:
         "megabytes": round(size / 1e6, 1),
         "tokens": tokens,
         "tokenize_s": round(first_s, 2),
+        "tokenize_cpu_s": round(cpu_s, 2),  # of all cores together
         "rows_per_s": round(args.rows / first_s),
         "tokens_per_s": round(tokens / first_s),
         "seconds_for_100k_rows": round(first_s * 1e5 / args.rows, 2),
@@ -110,6 +114,7 @@ def main() -> None:
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load_before": round(load, 2),  # of other processes, in cores
         "versions": {n: version(n) for n in ("tokenizers", "grain", "numpy", "jinja2")},
         "python": platform.python_version(),
         "model": args.model,

@@ -3,6 +3,7 @@
 from qlora_jax.data.batching import Batches as Batches
 from qlora_jax.data.batching import Rows as Rows
 from qlora_jax.data.batching import in_order as in_order
+from qlora_jax.data.cache import TokenCache as TokenCache
 from qlora_jax.data.conversations import Conversation as Conversation
 from qlora_jax.data.conversations import DataError as DataError
 from qlora_jax.data.conversations import conversation as conversation

@@ -49,6 +49,7 @@ class Encoded:
         sha256: hash of what was read.
         rows: how many were read.
         bad_rows: how many of them were no good and left out.
+        first_bad_row: what was wrong with the first of these; "" if there is none.
         empty_answers: conversations that were left out since nothing is answered.
     """
 
@@ -56,6 +57,7 @@ class Encoded:
     sha256: str
     rows: int
     bad_rows: int
+    first_bad_row: str
     empty_answers: int
 
 
@@ -116,7 +118,8 @@ class TokenCache:
         }
         small = {name: np.array(arrays[name]) for name in list(_ARRAYS)[2:]}
         documents = Documents(**{**arrays, **small}, name=key)  # pyright: ignore
-        counts = {name: meta[name] for name in ("rows", "bad_rows", "empty_answers")}
+        told = ("rows", "bad_rows", "first_bad_row", "empty_answers")
+        counts = {name: meta[name] for name in told}
         return Encoded(documents, sha256, **counts)
 
     def _write(
@@ -137,6 +140,7 @@ class TokenCache:
             meta = {
                 **dataclasses.asdict(counts),
                 "bad_rows": bad.count,
+                "first_bad_row": bad.first,
                 "sha256": sha256,
                 "path": str(source.path),
                 "sizes": {n: (partial / f"{n}.bin").stat().st_size for n in _ARRAYS},

@@ -299,8 +299,6 @@ class Encoder:
         last = len(messages) - 1
         if not last:
             raise DataError("the only turn is the assistant's: there is no question.")
-        if self.options.answers == "last":
-            return [last]
         weighted = [
             i
             for i, m in enumerate(messages)
@@ -308,7 +306,7 @@ class Encoder:
         ]
         if not weighted:
             raise DataError("every answer has weight 0: there is nothing to learn.")
-        return weighted
+        return weighted if self.options.answers == "all" else weighted[-1:]
 
     def _render(
         self,

@@ -149,14 +149,14 @@ class Mixture:
 
     def stream(self) -> Any:
         """Returns grain's iterator over the batches of this process."""
-        grain = _grain()
+        grain = load_grain()
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
         batches = grain.MapDataset.range(_ENDLESS).map(self.batch)
         return iter(batches.to_iter_dataset(options))
 
     def _shuffled(self) -> Any:
         """Returns grain's map from a place in the order to a row."""
-        grain = _grain()
+        grain = load_grain()
 
         def shuffled(first: int, stop: int, stream: int) -> Any:
             # Neighbouring seeds would give source i + 1 the order of source i one
@@ -230,7 +230,8 @@ class MixtureIterator(Iterator[Batch]):
         self._stream.set_state(place)
 
 
-def _grain() -> Any:
+def load_grain() -> Any:
+    """Returns the module; says which extra brings it if it is absent."""
     try:
         import grain
         import grain.experimental

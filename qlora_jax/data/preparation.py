@@ -11,7 +11,7 @@ from qlora_jax.data.batching import Batch, Rows
 from qlora_jax.data.cache import Encoded, TokenCache
 from qlora_jax.data.documents import Documents
 from qlora_jax.data.encoding import ChatTokenizer, Encoder, EncodingOptions, Example
-from qlora_jax.data.mixture import Mixture
+from qlora_jax.data.mixture import Mixture, load_grain
 from qlora_jax.data.sources import Source, as_sources
 
 
@@ -22,6 +22,7 @@ class Statistics:
     Attributes:
         rows: read from the sources to train on.
         bad_rows: of them, left out as `skip_bad_rows` allows.
+        first_bad_row: what was wrong with the first of these; "" if there is none.
         empty_answers: conversations left out since nothing is answered.
         no_target: documents left out since the limits left nothing to learn.
         truncated: documents that lost their end to a limit.
@@ -37,6 +38,7 @@ class Statistics:
 
     rows: int
     bad_rows: int
+    first_bad_row: str
     empty_answers: int
     no_target: int
     truncated: int
@@ -70,6 +72,7 @@ class Statistics:
         return "\n".join([
             f"{self.rows:,} rows: {self.documents:,} documents to train on{held_out}",
             *([f"of these: {', '.join(lost)}"] if lost else []),
+            *([f"first bad row: {self.first_bad_row}"] if self.bad_rows else []),
             f"{self.tokens:,} tokens, {learned:.1%} of them learned",
             f"{self.batches:,} batches a pass{packed}, {self.padding:.1%} padding",
         ])  # fmt: skip
@@ -179,12 +182,17 @@ def prepare(
     )
     if eval_sources is not None and eval_size:
         raise ValueError(f"Give eval_sources or {eval_size=}, not both.")
+    load_grain()  # it is said at once if it is absent
     train_sources = as_sources(sources, format)
     other = [] if eval_sources is None else as_sources(eval_sources, format)
     encoder, cache = Encoder(tokenizer, options), TokenCache(cache_dir)
 
     def encoded(parts: Sequence[Source]) -> list[Encoded]:
-        return [cache.encoded(s, encoder, skip_bad_rows=skip_bad_rows) for s in parts]
+        found: list[Encoded] = []
+        for source in parts:
+            left = skip_bad_rows - sum(one.bad_rows for one in found)
+            found.append(cache.encoded(source, encoder, skip_bad_rows=left))
+        return found
 
     read, read_to_evaluate = encoded(train_sources), encoded(other)
     train = [part.documents for part in read]
@@ -192,7 +200,6 @@ def prepare(
     if eval_size:
         train, held_out = hold_out(train, eval_size, seed)
     weights = [s.weight for s in train_sources if s.weight is not None]
-    # Without weights the sources are one: they share rows when they are packed.
     rows = [Rows(part, seq_len, packing=packing) for part in train]
     mixture = Mixture(
         rows,
@@ -215,6 +222,7 @@ def prepare(
     statistics = Statistics(
         rows=sum(part.rows for part in read),
         bad_rows=sum(part.bad_rows for part in read),
+        first_bad_row=next((p.first_bad_row for p in read if p.bad_rows), ""),
         empty_answers=sum(part.empty_answers for part in read),
         no_target=sum(part.left_out for part in documents),
         truncated=sum(int(part.truncated.sum()) for part in documents),

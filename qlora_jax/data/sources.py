@@ -204,12 +204,13 @@ class BadRows:
 
     Attributes:
         count: how many were.
+        first: what was wrong with the first of them, "" if there is none.
     """
 
     def __init__(self, limit: int = 0):
         if limit < 0:
             raise ValueError(f"skip_bad_rows={limit} must not be negative.")
-        self.limit, self.count = limit, 0
+        self.limit, self.count, self.first = limit, 0, ""
 
     def add(self, error: DataError) -> None:
         """Leaves a row out.
@@ -218,6 +219,7 @@ class BadRows:
             DataError: the row's, if `limit` were left out before.
         """
         self.count += 1
+        self.first = self.first or str(error)
         if self.count > self.limit:
             before = f" (after {self.limit} bad rows that were left out)"
             raise DataError(f"{error}{before if self.limit else ''}")

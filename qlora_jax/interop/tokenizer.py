@@ -129,9 +129,8 @@ class Tokenizer:
         """
         import jinja2
 
-        template = _compiled(self.template_source)
         try:
-            return template.render(
+            return _compiled(self.template_source).render(
                 messages=[dict(message) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
                 add_generation_prompt=answer_next,

@@ -83,7 +83,9 @@ def test_an_answer_of_weight_0_is_only_read():
     given = conversation([*turns("u", "a"), *turns("v", "b")])
     given.messages[1]["weight"] = 0
     assert learned(encode(given, answers="all")) == "b<|im_end|>"
-    given.messages[3]["weight"] = 0
+    given.messages[1]["weight"], given.messages[3]["weight"] = 1, 0
+    assert learned(encode(given)) == "a<|im_end|>"
+    given.messages[1]["weight"] = 0
     with pytest.raises(DataError, match="every answer has weight 0"):
         encode(given, answers="all")
 
@@ -202,6 +204,8 @@ def test_refusals():
         encode(Conversation(tuple(turns("u"))))
     with pytest.raises(DataError, match="there is no question"):
         encode(Conversation(tuple(turns("a", first="assistant"))))
+    with pytest.raises(DataError, match=r"The chat template refuses roles=.*: unexp"):
+        encode(SEVERAL, chat_template="{{ messages")
     with pytest.raises(DataError, match=r"The chat template refuses roles=.*: no!"):
         encode(SEVERAL, chat_template="{{ raise_exception('no!') }}")
 

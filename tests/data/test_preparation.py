@@ -63,6 +63,18 @@ def test_what_became_of_the_rows_is_said(prepared):
     assert json.loads(json.dumps(found.as_dict()))["rows"] == 23
 
 
+def test_bad_rows_are_counted_over_all_sources(prepared, tmp_path):
+    paths = [tmp_path / f"{i}.jsonl" for i in range(2)]
+    for path in paths:
+        write_lines(path, [ALPACA, {"instruction": "x"}])
+    found = prepared(paths, skip_bad_rows=2).statistics
+    assert (found.rows, found.bad_rows, found.documents) == (4, 2, 2)
+    assert "2 bad rows left out" in str(found)
+    assert f"first bad row: {paths[0]}, line 2 has no field 'output'" in str(found)
+    with pytest.raises(DataError, match=r"1.jsonl, line 2 has no field 'output'"):
+        prepared(paths, skip_bad_rows=1)
+
+
 def test_packing_is_said(prepared):
     found = prepared(packing=True, seq_len=160).statistics
     assert found.batch_rows < 12
