@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -124,6 +125,12 @@ class LoraTensor:
         return scale_of(self.rank, self.alpha, self.rslora)
 
     @property
+    def rowwise(self) -> bool:
+        """Whether `x @ self` treats a row of x alike wherever it stands."""
+        by_row = self.ids is not None and unwrapped(self.ids).ndim > 0
+        return not by_row and (self.key is None or not self.dropout)
+
+    @property
     def num_adapters(self) -> int | None:
         """How many adapters are stacked, or None if there is the one."""
         a = unwrapped(self.a)
@@ -227,6 +234,38 @@ class LoraTensor:
             y = y * self._column_ratio(w, a, b * self.scale, x.dtype).astype(y.dtype)
         return y
 
+    @staticmethod
+    def multiply_together(x: Leaf, weights: "Sequence[LoraTensor]") -> list[Leaf]:
+        """Returns `x @ w` for each weight, with one first product for all adapters.
+
+            [h1 h2 ...] = x @ [a1 a2 ...];    y_i = x @ w_i + h_i @ b_i * scale_i
+
+        q, k and v, or gate and up, have one input. So have their gradients: with
+        respect to x, all adapters add one product.
+
+        Args:
+            x: activations [*batch, in].
+            weights: without stack axes.
+        """
+        if not all(w._is_plain() for w in weights):
+            return [x @ w for w in weights]
+        for w in weights:
+            w._check(x, projected=False)
+        ys = [x @ unwrapped(w.w) for w in weights]
+        adapters = jax.checkpoint(
+            functools.partial(_low_rank_together, scales=[w.scale for w in weights]),
+            policy=jax.checkpoint_policies.dots_saveable,
+        )
+        a, b = ([unwrapped(getattr(w, name)) for w in weights] for name in "ab")
+        added = adapters(x, a, b)
+        return [y + z.astype(y.dtype) for y, z in zip(ys, added, strict=True)]
+
+    def _is_plain(self) -> bool:
+        """Whether there is nothing but `x @ w + x @ a @ b * scale` to be computed."""
+        random = self.key is not None and self.dropout
+        special = (self.ids, self.magnitude, self.merged)
+        return not random and all(leaf is None for leaf in special) and self.ndim == 2
+
     def _check(self, x: Leaf, projected: bool) -> None:
         if not projected and (x.ndim == 0 or x.shape[-1] != self.shape[0]):
             raise ValueError(
@@ -293,6 +332,7 @@ def _low_rank(
     project: Product,
 ) -> Leaf:
     """dropout(x) @ a @ b * scale in the dtype of x, a and b by row if there are ids."""
+    x, a, b = _gradients_together(x, a, b)
     dropped = x
     if key is not None:
         dropped, probability = dropout(x, key, rate=rate)
@@ -306,6 +346,38 @@ def _low_rank(
         a, b = one_of(a, b, ids)
         return project(dropped, a) @ b
     return _by_row(dropped, a, b, ids, project)
+
+
+def _low_rank_together(
+    x: Leaf, a: list[Leaf], b: list[Leaf], *, scales: list[float]
+) -> list[Leaf]:
+    """Returns x @ a_i @ b_i * scale_i, the first products as one."""
+    x, a, b = _gradients_together(x, a, b)
+    h = x @ jnp.concatenate([one.astype(x.dtype) for one in a], axis=-1)
+    h = checkpoint_name(h, "low_rank")
+    ends = np.cumsum([one.shape[-1] for one in a])[:-1]
+    parts = jnp.split(h, ends, axis=-1)
+    return [
+        part @ (one * scale).astype(x.dtype)
+        for part, one, scale in zip(parts, b, scales, strict=True)
+    ]
+
+
+@jax.custom_vjp
+def _gradients_together(x: Leaf, a: Leaf, b: Leaf) -> tuple[Leaf, Leaf, Leaf]:
+    """Returns its arguments, whose gradients are computed at one time.
+
+    Nothing waits for the gradients of a and b, so a compiler may leave them to the end,
+    and keep in memory until then what they are computed from: the activations of every
+    layer on both sides. Here the gradient of x waits for them.
+    """
+    return x, a, b
+
+
+_gradients_together.defvjp(
+    lambda x, a, b: ((x, a, b), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)
 
 
 def one_of(a: Leaf, b: Leaf, ids: Leaf) -> tuple[Leaf, Leaf]:

@@ -10,6 +10,7 @@ value heads, c head dimension, s capacity of a cache, l layers, v vocabulary.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.models.attention import attention
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config import MLP_WEIGHTS, LlamaConfig
 from qlora_jax.models.remat import Remat, run_layers
 from qlora_jax.models.stack import stack_of
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
     Rotation = tuple[Float[Array, "b t c/2"], Float[Array, "b t c/2"]]
     Attend = Callable[[Array, Array, Array], Array]
+
+
+# Enough for a matmul to reach its speed.
+_MLP_ROWS = 4096
 
 
 @jax.tree_util.register_dataclass
@@ -51,14 +56,22 @@ class Cache:
         return dataclasses.replace(self, lengths=lengths)
 
 
-def linear(
-    x: "Float[Array, '*b m']", w: Any, bias: Any = None
-) -> "Float[Array, '*b n']":
-    """Returns x @ w + bias; `w` is a weight, or an `nnx.Variable` that holds one."""
-    if isinstance(w, nnx.Variable):
-        w = w.get_value()
-    y = x @ w
-    return y if bias is None else y + bias[...]
+def products(x: "Float[Array, '*b m']", weights: "list[Any]") -> "list[Array]":
+    """Returns x @ w for each weight; weights that can share work with others do.
+
+    A type of weights may have `multiply_together(x, weights)` for what several of them
+    have in common when they multiply the same x.
+    """
+    together = getattr(weights[0], "multiply_together", None)
+    alike = all(type(w) is type(weights[0]) for w in weights)
+    if together is None or not alike or len(weights) == 1:
+        return [x @ w for w in weights]
+    return together(x, weights)
+
+
+def weight_of(w: Any) -> Any:
+    """Returns the weight that an `nnx.Variable` holds, or the weight itself."""
+    return w.get_value() if isinstance(w, nnx.Variable) else w
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -106,8 +119,8 @@ def rms_norm(
     """Returns x / sqrt(mean(x²) + eps) · scale, computed in float32."""
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    unit = (x32 * lax.rsqrt(mean_square + eps)).astype(x.dtype)
-    return unit * scale[...]
+    inverse = checkpoint_name(lax.rsqrt(mean_square + eps), "inverse_norm")
+    return (x32 * inverse).astype(x.dtype) * scale[...]
 
 
 def rotate(
@@ -169,31 +182,67 @@ class Layer(nnx.Module):
                 scale = jnp.ones((layers, config.head_dim), dtype)
                 setattr(self, name, nnx.Param(scale))
 
-    def _project(self, x: "Array", name: str) -> "Array":
-        return linear(x, getattr(self, name), getattr(self, f"{name}_bias", None))
+    def _project(self, x: "Array", *names: str) -> "list[Array]":
+        """Returns x times each of these weights, plus their biases."""
+        ys = products(x, [weight_of(getattr(self, name)) for name in names])
+        biases = [getattr(self, f"{name}_bias", None) for name in names]
+        return [
+            y if bias is None else y + bias[...]
+            for y, bias in zip(ys, biases, strict=True)
+        ]
 
-    def _heads(self, x: "Array", name: str) -> "Array":
-        y = self._project(x, f"{name}_proj")
+    def _heads(self, y: "Array", name: str) -> "Array":
         y = y.reshape(*y.shape[:-1], -1, self.config.head_dim)  # [b, t, h or k, c]
         norm = getattr(self, f"{name}_norm", None)
         return y if norm is None else rms_norm(y, norm, self.config.norm_eps)
 
     def __call__(
-        self, x: "Float[Array, 'b t d']", rotation: "Rotation", attend: "Attend"
+        self,
+        x: "Float[Array, 'b t d']",
+        rotation: "Rotation",
+        attend: "Attend",
+        mlp_rows: int | None = None,
     ) -> "Float[Array, 'b t d']":
-        """Applies one layer; `attend(q, k, v)` is the attention, with its mask."""
+        """Applies one layer.
+
+        Args:
+            x: the residual stream.
+            rotation: cosine and sine of the angles of each token.
+            attend: (q, k, v) -> the attention, with its mask.
+            mlp_rows: tokens that go through the MLP at a time; None for all.
+        """
         eps = self.config.norm_eps
         normed = rms_norm(x, self.input_layernorm, eps)
-        q, k, v = (self._heads(normed, name) for name in "qkv")
+        projected = self._project(normed, "q_proj", "k_proj", "v_proj")
+        q, k, v = map(self._heads, projected, "qkv")
         q, k = rotate(q, rotation), rotate(k, rotation)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
         mixed = checkpoint_name(attend(q, k, v), "attention")
-        x = x + self._project(mixed.reshape(*x.shape[:-1], -1), "o_proj")
+        (out,) = self._project(mixed.reshape(*x.shape[:-1], -1), "o_proj")
+        x = x + out
         x = checkpoint_name(x, "residual")
-        normed = rms_norm(x, self.post_attention_layernorm, eps)
-        gate = checkpoint_name(self._project(normed, "gate_proj"), "gate_up")
-        up = checkpoint_name(self._project(normed, "up_proj"), "gate_up")
-        return x + self._project(jax.nn.silu(gate) * up, "down_proj")
+        return x + self._in_chunks(self._mlp, x, mlp_rows)
+
+    def _mlp(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b d']":
+        normed = rms_norm(x, self.post_attention_layernorm, self.config.norm_eps)
+        projected = self._project(normed, "gate_proj", "up_proj")
+        gate, up = (checkpoint_name(y, "gate_up") for y in projected)
+        (out,) = self._project(jax.nn.silu(gate) * up, "down_proj")
+        return out
+
+    def _in_chunks(self, f: Callable, x: "Array", rows: int | None) -> "Array":
+        """Applies `f` to `rows` tokens at a time, and recomputes them in the backward.
+
+        All at once where they are not several times as many, or a weight looks at
+        where a row stands (a random mask does, and an adapter chosen by row).
+        """
+        count = 1 if rows is None else math.prod(x.shape[:-1]) / rows
+        weights = (getattr(self, name) for name in MLP_WEIGHTS)
+        rowwise = all(getattr(weight_of(w), "rowwise", True) for w in weights)
+        if count < 2 or count != int(count) or not rowwise:
+            return f(x)
+        chunks = x.reshape(int(count), rows, x.shape[-1])
+        return lax.map(jax.checkpoint(f, prevent_cse=False), chunks).reshape(x.shape)
 
 
 class Llama(nnx.Module):
@@ -283,9 +332,12 @@ class Llama(nnx.Module):
             return attention(q, k, v, mask=mask, window=window)
 
         graph, sliced, at_layer = stack_of(self.layers)
+        # The activations of the MLP are the widest: recomputed, they come in chunks.
+        mlp_rows = None if remat == "none" else _MLP_ROWS
 
         def layer(x, number_and_slices):
-            return nnx.merge(graph, at_layer(*number_and_slices))(x, rotation, attend)
+            layer = nnx.merge(graph, at_layer(*number_and_slices))
+            return layer(x, rotation, attend, mlp_rows)
 
         x = self.embed[...][tokens]
         x = run_layers(layer, x, sliced, remat=remat, unroll=unroll)
@@ -295,11 +347,10 @@ class Llama(nnx.Module):
         """Returns the float32 logits of normalised hidden states."""
         if self.config.tie_embeddings:
             return float32_logits(x, self.embed[...], 1)
-        weight = self.lm_head
-        weight = weight.get_value() if isinstance(weight, nnx.Variable) else weight
+        weight = weight_of(self.lm_head)
         if isinstance(weight, jax.Array):
             return float32_logits(x, weight, 0)
-        return linear(x, weight).astype(jnp.float32)
+        return (x @ weight).astype(jnp.float32)
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """Returns an empty cache for `batch` rows of at most `capacity` tokens."""
