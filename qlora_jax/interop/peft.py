@@ -12,13 +12,14 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.interop import peft_whole
 from qlora_jax.interop.safetensors import read_json
 from qlora_jax.interop.weights import ModelFileError, hf_name
 from qlora_jax.lora.initial import with_magnitude
@@ -46,10 +47,8 @@ _UNSUPPORTED = (
     "kasa_config",
     "layer_replication",
     "lora_bias",
-    "modules_to_save",
     "monteclora_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
@@ -59,11 +58,14 @@ _UNSUPPORTED = (
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
+_TOP = {"embed": "model.embed_tokens", "norm": "model.norm"}
+
+
 def llama_module(path: str) -> str:
     """Returns the module of a weight of `qlora_jax.Llama` in Hugging Face's model."""
     if path.startswith("layers/"):
         return hf_name(path.removeprefix("layers/")).removesuffix(".weight")
-    return path.replace("/", ".")
+    return _TOP.get(path, path.replace("/", "."))
 
 
 def save_adapter(
@@ -73,6 +75,8 @@ def save_adapter(
     *,
     base_model: str | None = None,
     adapter: int | None = None,
+    modules_to_save: Sequence[str] = (),
+    token_indices: Sequence[int] = (),
     dtype: Any = jnp.float32,
     module_name: ModuleName = llama_module,
 ) -> None:
@@ -90,13 +94,19 @@ def save_adapter(
             name in it, as PEFT does.
         base_model: name or folder of the base, for PEFT to load it by.
         adapter: which one, if several are stacked.
+        modules_to_save: arrays trained whole beside the adapters (`split_trainable`'s
+            `also`), as PEFT names modules: "embed_tokens", "lm_head", "norm". A tied
+            embedding is written as the head too.
+        token_indices: rows of the embedding that were trained, for new tokens, if the
+            rest of it was not.
         dtype: of the tensors in the file.
         module_name: how weights are called in the base's own model, for a model that
             is not `qlora_jax.Llama`.
 
     Raises:
-        ValueError: if the model holds no adapter, or the adapters differ in what a
-            PEFT config says once (dropout, rsLoRA, DoRA).
+        ValueError: if the model holds no adapter, the adapters differ in what a
+            PEFT config says once (dropout, rsLoRA, DoRA), or a module or row to save
+            is none of the model's.
     """
     lora = {
         where: one_adapter(where, opened(weight), adapter)
@@ -116,6 +126,18 @@ def save_adapter(
                 key = f"base_model.model.{module}.lora_{suffix}"
                 tensors[key] = np.ascontiguousarray(array[index].T)
     config = _config(lora, base_model, module_name)
+    whole = peft_whole.chosen(model, modules_to_save, module_name)
+    config["modules_to_save"] = list(modules_to_save) or None
+    tied = getattr(getattr(model, "config", None), "tie_embeddings", False)
+    if tied and peft_whole.EMBEDDING in whole:
+        whole[peft_whole.HEAD] = whole[peft_whole.EMBEDDING].copy()
+        config["ensure_weight_tying"] = True
+    for key, tensor in whole.items():
+        tensors[f"base_model.model.{key}"] = np.asarray(tensor, dtype)
+    if token_indices:
+        key, rows = _token_rows(model, token_indices, module_name)
+        tensors[key] = np.ascontiguousarray(np.asarray(rows, dtype))
+        config["trainable_token_indices"] = list(token_indices)
     folder = pathlib.Path(path) if name == "default" else pathlib.Path(path) / name
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -124,6 +146,19 @@ def save_adapter(
     _write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     _write(folder / CONFIG, text.encode())
+
+
+def _token_rows(
+    model: Any, indices: Sequence[int], module_name: ModuleName
+) -> tuple[str, np.ndarray]:
+    (table,) = peft_whole.chosen(model, ["embed_tokens"], module_name).values()
+    if not all(0 <= index < len(table) for index in indices):
+        raise ValueError(
+            f"token_indices {list(indices)} must lie in [0, {len(table)}), the tokens "
+            "of the model."
+        )
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    return key, table[list(indices)]
 
 
 def load_adapter(
@@ -140,6 +175,12 @@ def load_adapter(
     Layers of a stack share one rank and one alpha here. Where the file's differ, the
     smaller ranks are filled up with zeros and the scales go into `b`; layers that the
     file leaves out get a zero adapter. Otherwise the tensors are taken as they are.
+
+    Modules that were trained whole (`modules_to_save`: embedding, head, norms) replace
+    those of the base, in its type, and a larger vocabulary enlarges the model. Rows of
+    `trainable_token_indices` replace theirs. Where an embedding was tied to the head
+    and the file holds the one without the other, as PEFT writes it unless told to keep
+    the tie, the model has a head of its own afterwards.
 
     Args:
         model: the base, an array or a quantized weight wherever the file has an
@@ -161,7 +202,7 @@ def load_adapter(
     """
     folder = pathlib.Path(path) if name == "default" else pathlib.Path(path) / name
     config = read_json(folder / CONFIG)
-    _check_config(folder / CONFIG, config)
+    check_config(folder / CONFIG, config)
     if dropout is None:
         dropout = float(config.get("lora_dropout") or 0.0)
     weights = named_weights(model)
@@ -175,16 +216,24 @@ def load_adapter(
         for where, weight in weights.items()
         if isinstance(weight, LoraTensor)
     }
-    parts = _read(folder / WEIGHTS, modules)
+    parts, whole = read_parts(folder / WEIGHTS, modules)
     for where in {where for where, _ in parts}:
         of_layers = {index: part for (w, index), part in parts.items() if w == where}
         base = new.get(where, weights[where])
         new[where] = _assembled(base, of_layers, config, dropout=dropout, dtype=dtype)
-    return replace_weights(model, new)
+    model = replace_weights(model, new)
+    indices = token_indices_of(folder / CONFIG, config)
+    for name in config.get("modules_to_save") or ():
+        if not any(t.rpartition(".")[0].endswith(str(name)) for t in whole.tensors):
+            raise ModelFileError(
+                f"{folder / WEIGHTS} holds nothing of modules_to_save {name!r}, which "
+                "its config names."
+            )
+    return peft_whole.put(folder / WEIGHTS, model, whole, indices, module_name)
 
 
 @dataclasses.dataclass
-class _Part:
+class Part:
     """The tensors of one module, as in the file, and what they are called there."""
 
     module: str
@@ -264,7 +313,13 @@ def _write(path: pathlib.Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+def check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuses an adapter's config that is damaged, or of a kind that is not done here.
+
+    Raises:
+        ModelFileError: naming the field that is damaged.
+        NotImplementedError: naming the field that asks for something else.
+    """
     kind = config.get("peft_type")
     if kind != "LORA":
         raise NotImplementedError(f"{path}: peft_type {kind!r}; supported is 'LORA'.")
@@ -302,10 +357,41 @@ def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
                 ) from None
 
 
-def _read(
+def token_indices_of(
+    path: pathlib.Path, config: Mapping[str, Any]
+) -> dict[str, list[int]]:
+    """Returns which rows were trained, by the name of the tensor they are of."""
+    given = config.get("trainable_token_indices") or {}
+    if isinstance(given, list):
+        given = {"embed_tokens": given}
+    is_table = isinstance(given, dict) and all(
+        isinstance(rows, list) and all(type(row) is int for row in rows)
+        for rows in given.values()
+    )
+    if not is_table:
+        raise ModelFileError(f"{path}: trainable_token_indices is {given!r}.")
+    if unknown := [name for name in given if name.split(".")[-1] != "embed_tokens"]:
+        raise NotImplementedError(
+            f"{path}: trainable_token_indices of {unknown}; only rows of embed_tokens "
+            "are read."
+        )
+    rows = list(given.values())
+    return {peft_whole.EMBEDDING: rows[0]} if rows else {}
+
+
+def read_parts(
     path: pathlib.Path, modules: Mapping[str, tuple[str, Any]]
-) -> dict[tuple[str, Any], _Part]:
-    """The tensors of an adapter file, by the place of their module in the model."""
+) -> "tuple[dict[tuple[str, Any], Part], peft_whole.Whole]":
+    """Reads an adapter file.
+
+    Args:
+        path: the safetensors file.
+        modules: where each module of the base is.
+
+    Returns:
+        The factors, by the place of their module in the model, and what the file holds
+        besides.
+    """
     import safetensors
 
     if not path.is_file():
@@ -317,11 +403,14 @@ def _read(
             else ""
         )
         raise ModelFileError(f"{path} is missing{why}.")
-    parts: dict[tuple[str, Any], _Part] = {}
+    parts: dict[tuple[str, Any], Part] = {}
+    whole = peft_whole.Whole({}, {})
     try:
         with safetensors.safe_open(path, "numpy") as file:
             for key in file.keys():
                 match = _KEY.fullmatch(key)
+                if match is None and whole.take(key, file.get_tensor):
+                    continue
                 if match is None:
                     raise ModelFileError(f"{path}: {key!r} is no tensor of LoRA.")
                 module = match["module"]
@@ -330,21 +419,21 @@ def _read(
                         f"{path}: {key!r} is of a module that the model has not. Its "
                         f"modules are: {listed(sorted(modules))}."
                     )
-                part = parts.setdefault(modules[module], _Part(module, {}))
+                part = parts.setdefault(modules[module], Part(module, {}))
                 kind = match["factor"] or "magnitude"
                 part.tensors[kind] = file.get_tensor(key)
     except safetensors.SafetensorError as error:
         raise ModelFileError(f"{path} cannot be read ({error}).") from None
-    if not parts:
+    if not parts and not whole.tensors and not whole.rows:
         raise ModelFileError(f"{path} holds no tensor.")
     for part in parts.values():
         for kind in "AB":
             if kind not in part.tensors:
                 raise ModelFileError(f"{path}: {part.module}.lora_{kind} is missing.")
-    return parts
+    return parts, whole
 
 
-def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that the end of the module's name matches."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -354,7 +443,7 @@ def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> An
 
 def _assembled(
     base: Any,
-    parts: Mapping[Any, _Part],
+    parts: Mapping[Any, Part],
     config: Mapping[str, Any],
     *,
     dropout: float,
@@ -365,9 +454,7 @@ def _assembled(
     rslora = bool(config.get("use_rslora"))
     ranks, alphas = {}, {}
     for index, part in parts.items():
-        rank = _pattern_value(
-            config.get("rank_pattern") or {}, part.module, config["r"]
-        )
+        rank = pattern_value(config.get("rank_pattern") or {}, part.module, config["r"])
         wanted = {"A": (rank, n_in), "B": (n_out, rank), "magnitude": (n_out,)}
         for kind, tensor in part.tensors.items():
             if tensor.shape != wanted[kind]:
@@ -376,7 +463,7 @@ def _assembled(
                     f"model and rank {rank} make it {list(wanted[kind])}."
                 )
         ranks[index] = rank
-        alphas[index] = _pattern_value(
+        alphas[index] = pattern_value(
             config.get("alpha_pattern") or {}, part.module, config["lora_alpha"]
         )
     rank = max(ranks.values())

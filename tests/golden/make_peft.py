@@ -3,10 +3,14 @@
 Run with Python 3.11 and torch 2.13.0, transformers 5.23.0, peft 0.21.2 on a CPU:
 
     python make_peft.py                 # writes the golden files
+    python make_peft.py --more          # those of modules trained whole, and of sums
     python make_peft.py --check FOLDER  # loads an adapter we saved, compares logits
 
 The base is a Llama of 2 layers with random weights, saved by transformers. Of it three
 adapters are saved by PEFT, as users have them: plain, rsLoRA with a rank pattern, DoRA.
+`--more` adds, with their logits in more.npz: embedding and head trained whole, on a
+base whose head is `untied_head`; the same of the tied base, with the tie kept and not;
+rows of the embedding; a larger vocabulary; and sums of two adapters.
 """
 
 import argparse
@@ -53,6 +57,22 @@ def base():
     return LlamaForCausalLM.from_pretrained(HERE / "base", dtype=torch.float32).eval()
 
 
+def untied_head(embedding):
+    """Returns the head of the untied base."""
+    return torch.roll(embedding, 1, 0)
+
+
+def untied(rows=64):
+    """Returns the base with a head of its own, and a vocabulary of `rows`."""
+    config = LlamaConfig.from_pretrained(HERE / "base", tie_word_embeddings=False)
+    model, tied = LlamaForCausalLM(config).eval(), base()
+    model.load_state_dict(tied.state_dict())
+    model.lm_head.weight.data = untied_head(tied.model.embed_tokens.weight.data)
+    if rows > 64:
+        model.resize_token_embeddings(rows)
+    return model
+
+
 def logits(model):
     """Returns the float32 logits for the fixed tokens."""
     with torch.no_grad():
@@ -96,6 +116,60 @@ def make():
         readme.unlink()
 
 
+# Of each: the base, and what its config says besides rank and targets.
+MORE = {
+    "saved": (untied, dict(modules_to_save=["embed_tokens", "lm_head"])),
+    "saved_tied": (base, dict(modules_to_save=["embed_tokens"])),
+    "saved_ensured": (
+        base,
+        dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ),
+    "saved_norms": (base, dict(modules_to_save=["norm", "input_layernorm"])),
+    "tokens": (base, dict(trainable_token_indices=[63, 30, 5])),
+    "resized": (
+        lambda: untied(68),
+        dict(modules_to_save=["embed_tokens", "lm_head"]),
+    ),
+}
+SUM = ([0.7, 0.4], ("linear", "cat", "svd"))
+
+
+def make_more():
+    """Writes the adapters of `MORE` and of sums."""
+    torch.manual_seed(1)
+    wanted = {}
+    for name, (model, extra) in MORE.items():
+        config = LoraConfig(
+            r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **extra
+        )
+        adapted = get_peft_model(model(), config).eval()
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        config.base_model_name_or_path = "base"
+        adapted.save_pretrained(HERE / name)
+        wanted[name] = logits(adapted)
+    adapted = PeftModel.from_pretrained(base(), HERE / "plain", "plain").eval()
+    adapted.add_adapter("other", ADAPTERS["plain"])
+    with torch.no_grad():
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_B.other" in parameter_name:
+                parameter.normal_(0, 0.2)
+    ADAPTERS["plain"].base_model_name_or_path = "base"
+    adapted.save_pretrained(HERE, selected_adapters=["other"])
+    weights, kinds = SUM
+    for kind in kinds:
+        adapted.add_weighted_adapter(
+            ["plain", "other"], weights, kind, combination_type=kind
+        )
+        adapted.set_adapter(kind)
+        wanted[kind] = logits(adapted.eval())  # new modules come in training mode
+    np.savez(HERE / "more.npz", **wanted)
+    for readme in [*HERE.glob("README.md"), *HERE.glob("*/README.md")]:
+        readme.unlink()
+
+
 def check(folder):
     """Loads an adapter by PEFT and compares logits with logits.npy beside it."""
     adapted = PeftModel.from_pretrained(base(), folder).eval()
@@ -108,8 +182,11 @@ def check(folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", type=pathlib.Path)
+    parser.add_argument("--more", action="store_true")
     arguments = parser.parse_args()
-    if arguments.check is None:
+    if arguments.more:
+        make_more()
+    elif arguments.check is None:
         make()
     else:
         check(arguments.check)

@@ -16,6 +16,7 @@ from qlora_jax.interop.peft import load_adapter, save_adapter
 from qlora_jax.lora import (
     LoraTensor,
     add_lora,
+    combine_adapters,
     join_trainable,
     split_trainable,
     stack_adapters,
@@ -211,7 +212,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     [
         ({"peft_type": "IA3"}, {}, NotImplementedError, "peft_type 'IA3'"),
         ({"bias": "all"}, {}, NotImplementedError, "bias='all'; supported: 'none'"),
-        ({"modules_to_save": ["x"]}, {}, NotImplementedError, r"modules_to_save=\['x'"),
+        ({"modules_to_save": ["x"]}, {}, ValueError, "nothing of modules_to_save 'x'"),
         ({"init_lora_weights": "pissa"}, {}, NotImplementedError, "'pissa' adapts a"),
         ({"r": "4"}, {}, ValueError, "r is '4', not a positive number"),
         (
@@ -245,7 +246,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
             {},
             {"base_model.model.lm_head.weight": np.ones((4, 64), "f4")},
             ValueError,
-            r"'base_model\.model\.lm_head\.weight' is no tensor of LoRA",
+            r"lm_head\.weight is \[4, 64\]",
         ),
     ],
 )
@@ -278,3 +279,130 @@ def test_wrong_files(base, tmp_path):
     mixed = add_lora(mixed, rank=2, targets="k_proj", key=KEY)
     with pytest.raises(ValueError, match=r"one dropout for all .* \[0.0, 0.1\]"):
         save_adapter(mixed, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def more():
+    with np.load(FOLDER / "more.npz") as archive:
+        yield dict(archive)
+
+
+@pytest.fixture(scope="module")
+def untied(base, tmp_path_factory):
+    """The base with a head of its own, that of make_peft.py."""
+    folder = tmp_path_factory.mktemp("untied") / "base"
+    shutil.copytree(FOLDER / "base", folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = json.dumps(config | {"tie_word_embeddings": False})
+    (folder / "config.json").write_text(text)
+    tensors = load_file(folder / "model.safetensors")
+    head = np.roll(tensors["model.embed_tokens.weight"], 1, axis=0)
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    return load_model(folder, dtype=jnp.float32)
+
+
+WHOLE = {
+    "saved": ("untied", ["embed_tokens", "lm_head"]),
+    "saved_tied": ("base", None),  # not written again: the tie is gone
+    "saved_ensured": ("base", ["embed_tokens"]),
+    "saved_norms": ("base", ["norm", "input_layernorm"]),
+    "resized": ("untied", ["embed_tokens", "lm_head"]),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_modules_trained_whole(request, logits, more, name, tmp_path):
+    """PEFT's logits; and written again, its tensors."""
+    which, modules = WHOLE[name]
+    model = load_adapter(request.getfixturevalue(which), FOLDER / name)
+    tokens = jnp.asarray(logits["tokens"], jnp.int32)
+    assert relative(model(tokens), more[name]) < 1e-5
+    assert model.config.vocab_size == more[name].shape[-1]
+    assert model.config.tie_embeddings == (name in ("saved_ensured", "saved_norms"))
+    if modules is None:
+        return
+    save_adapter(model, tmp_path, modules_to_save=modules, base_model="base")
+    got = load_file(tmp_path / "adapter_model.safetensors")
+    wanted = load_file(FOLDER / name / "adapter_model.safetensors")
+    assert got.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        np.testing.assert_array_equal(got[key], tensor, err_msg=key)
+    ours, theirs = (
+        json.loads((folder / "adapter_config.json").read_text())
+        for folder in (tmp_path, FOLDER / name)
+    )
+    assert ours.get("ensure_weight_tying", False) == theirs["ensure_weight_tying"]
+    # PEFT adds "model.embed_tokens" to "embed_tokens" where it keeps the tie.
+    assert set(ours["modules_to_save"]) <= set(theirs["modules_to_save"])
+
+
+def test_rows_of_new_tokens(base, logits, more, tmp_path):
+    model = load_adapter(base, FOLDER / "tokens")
+    tokens = jnp.asarray(logits["tokens"], jnp.int32)
+    assert relative(model(tokens), more["tokens"]) < 1e-5
+    changed = np.flatnonzero((model.embed[...] != base.embed[...]).any(axis=1))
+    assert changed.tolist() == [5, 30, 63]
+    save_adapter(model, tmp_path, token_indices=[63, 30, 5])
+    got = load_file(tmp_path / "adapter_model.safetensors")
+    wanted = load_file(FOLDER / "tokens" / "adapter_model.safetensors")
+    assert got.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        np.testing.assert_array_equal(got[key], tensor, err_msg=key)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == [63, 30, 5]
+    with pytest.raises(ValueError, match=r"\[64\] must lie in \[0, 64\)"):
+        save_adapter(model, tmp_path, token_indices=[64])
+
+
+def test_what_is_trained_whole_stays_in_the_type_of_the_base(base):
+    model = load_adapter(load_model(FOLDER / "base", "nf4"), FOLDER / "saved_ensured")
+    assert model.embed[...].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["wte"], r"'wte' is of no module; there are lm_head, model\.embed_tokens"),
+        (["q_proj"], r"q_proj\.weight is LoraTensor; only plain arrays"),
+    ],
+)
+def test_modules_to_save_that_are_none(untied, tmp_path, names, words):
+    model = load_adapter(untied, FOLDER / "plain")
+    with pytest.raises(ValueError, match=words):
+        save_adapter(model, tmp_path, modules_to_save=names)
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("model.embed_tokens.weight", np.ones((64, 5)), r"is \[64, 5\] as \[in, out\]"),
+        ("model.embed_tokens.weight", np.ones((70, 64)), "70 and 64 tokens"),
+        ("model.wte.weight", np.ones((64, 64)), r"'model\.wte\.weight' is of a module"),
+        (
+            "model.embed_tokens.token_adapter.trainable_tokens_delta",
+            np.ones((2, 64)),
+            "of which trainable_token_indices or the model knows nothing",
+        ),
+    ],
+)
+def test_whole_modules_that_do_not_fit(untied, tmp_path, key, value, words):
+    shutil.copytree(FOLDER / "plain", tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file) | {f"base_model.model.{key}": value.astype(np.float32)}
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=words):
+        load_adapter(untied, tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", ["linear", "cat", "svd"])
+def test_sums_of_adapters_are_those_of_peft(base, logits, more, method):
+    """combine_adapters against add_weighted_adapter, of 0.7 and 0.4."""
+    (first, frozen), (second, _) = (
+        split_trainable(load_adapter(base, FOLDER / name))
+        for name in ("plain", "other")
+    )
+    both = combine_adapters([first, second], [0.7, 0.4], frozen, method=method)
+    model = join_trainable(both, frozen)
+    got = model(jnp.asarray(logits["tokens"], jnp.int32))
+    assert relative(got, more[method]) < 1e-4
+    assert relative(got, logits["plain"]) > 0.05
