@@ -91,7 +91,7 @@ def conversation(
         DataError: naming what is wrong in the row, not the row.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise DataError(f"field {field!r} is {_short(messages)}, expected turns.")
+        raise DataError(f"field {field!r} is {short(messages)}, expected turns.")
     turns = [_turn(turn, f"{field}[{i}]") for i, turn in enumerate(messages)]
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
@@ -102,12 +102,12 @@ def conversation(
 
 def _turn(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise DataError(f"{where} is {_short(turn)}, expected an object.")
+        raise DataError(f"{where} is {short(turn)}, expected an object.")
     speaker = turn.get("role", turn.get("from"))
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         known = ", ".join(ROLES)
-        raise DataError(f"{where} has the role {_short(speaker)}, expected {known}.")
+        raise DataError(f"{where} has the role {short(speaker)}, expected {known}.")
     content = turn["content"] if "content" in turn else turn.get("value")
     if speaker in ("function_call", "tool_call"):
         calls = _parsed(content, f"{where}.value")
@@ -118,8 +118,11 @@ def _turn(turn: Any, where: str) -> Message:
             "tool_calls": [_call(c, where) for c in calls],
         }
     message: Message = {"role": role, "content": _content(content, turn, where)}
-    if turn.get("tool_calls"):
-        message["tool_calls"] = [_call(c, where) for c in turn["tool_calls"]]
+    calls = turn.get("tool_calls")
+    if calls:
+        if not isinstance(calls, list):
+            raise DataError(f"{where}.tool_calls is {short(calls)}, expected a list.")
+        message["tool_calls"] = [_call(call, where) for call in calls]
     # What templates may read: who called, which tool answered, what was thought.
     for name in ("name", "tool_call_id", "reasoning_content", "weight"):
         if turn.get(name) is not None:
@@ -133,14 +136,14 @@ def _content(content: Any, turn: Mapping[str, Any], where: str) -> str:
         for part in content:
             if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
                 raise DataError(
-                    f"{where}.content has the part {_short(part)}, expected text."
+                    f"{where}.content has the part {short(part)}, expected text."
                 )
             parts.append(part["text"])
         return "".join(parts)
     if content is None and turn.get("tool_calls"):
         return ""
     if not isinstance(content, str):
-        raise DataError(f"{where}.content is {_short(content)}, expected text.")
+        raise DataError(f"{where}.content is {short(content)}, expected text.")
     return content
 
 
@@ -148,7 +151,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(
-            f"{where} calls {_short(call)}, expected an object with name and arguments."
+            f"{where} calls {short(call)}, expected an object with name and arguments."
         )
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
@@ -165,7 +168,7 @@ def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(t, Mapping) for t in tools):
-        raise DataError(f"field 'tools' is {_short(tools)}, expected a list of them.")
+        raise DataError(f"field 'tools' is {short(tools)}, expected a list of them.")
     return tuple(
         tool if "function" in tool else {"type": "function", "function": tool}
         for tool in tools
@@ -176,10 +179,11 @@ def _parsed(text: Any, where: str) -> Any:
     try:
         return json.loads(text)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where} is {_short(text)}, expected JSON: {error}.") from None
+        raise DataError(f"{where} is {short(text)}, expected JSON: {error}.") from None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Returns a value as an error shows it."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
@@ -199,7 +203,7 @@ def turns_of(content: str, markers: Mapping[str, str], *, field: str) -> list[Me
     before, *pieces = re.split(f"({pattern})", content)
     if before.strip() or not pieces:
         raise DataError(
-            f"field {field!r} begins with {_short(content[:40])}, expected one of "
+            f"field {field!r} begins with {short(content[:40])}, expected one of "
             f"{', '.join(map(repr, markers))}."
         )
     return [

@@ -13,6 +13,7 @@ from qlora_jax.data.conversations import (
     DataError,
     conversation,
     exchange,
+    short,
     text,
     transcript,
     turns_of,
@@ -82,7 +83,7 @@ def _hh_rlhf(row: Row) -> Iterator[Conversation]:
 
 def _with_input(question: str, extra: Any, field: str) -> str:
     if extra is not None and not isinstance(extra, str):
-        raise DataError(f"field {field!r} is {extra!r}, expected text.")
+        raise DataError(f"field {field!r} is {short(extra)}, expected text.")
     return f"{question}\n{extra}" if extra else question
 
 
@@ -100,7 +101,7 @@ def _self_instruct(row: Row) -> Iterator[Conversation]:
     for i, instance in enumerate(row["instances"]):
         answer = instance.get("output") if isinstance(instance, Mapping) else None
         if not isinstance(answer, str):
-            raise DataError(f"instances[{i}].output is {answer!r}, expected text.")
+            raise DataError(f"instances[{i}].output is {short(answer)}, expected text.")
         extra = instance.get("input")
         question = _with_input(row["instruction"], extra, f"instances[{i}].input")
         yield exchange(question, answer)
@@ -287,7 +288,7 @@ def to_conversations(
             )
         if not isinstance(row[field], kind) or row[field] is None:
             raise DataError(
-                f"{where}: field {field!r} is {row[field]!r}, expected "
+                f"{where}: field {field!r} is {short(row[field])}, expected "
                 f"{_EXPECTED[kind]}."
             )
     try:

@@ -135,7 +135,7 @@ class Source:
         """Yields what each row stands for, or what is wrong with it.
 
         Raises:
-            DataError: if a file cannot be read, or its format cannot be told.
+            DataError: if a file cannot be read.
         """
         formats: dict[str, str] = {}
         for where, row in self.rows():
@@ -145,10 +145,11 @@ class Source:
             if self.fields and isinstance(row, Mapping):
                 row = {**row, **{n: row[f] for n, f in self.fields.items() if f in row}}
             file = where.rsplit(", ", 1)[0]
-            if file not in formats:
-                auto = self.format == "auto"
-                formats[file] = detect_format(row, where=where) if auto else self.format
             try:
+                if file not in formats:
+                    auto = self.format == "auto"
+                    found = detect_format(row, where=where) if auto else self.format
+                    formats[file] = found
                 yield where, to_conversations(row, formats[file], where=where)
             except DataError as error:
                 yield where, error

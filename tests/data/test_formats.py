@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_jax.data import FORMATS, DataError, to_conversations
 from qlora_jax.data.formats import detect_format
@@ -121,6 +123,36 @@ def test_every_instance_is_a_conversation():
 def test_bad_rows_say_what_was_expected(row, format, words):
     with pytest.raises(DataError, match=f"x.jsonl, line 3.*{words}"):
         to_conversations(row, format, where="x.jsonl, line 3")
+
+
+WORDS = [*{f for format in FORMATS.values() for f in format.fields}]
+WORDS += ["role", "from", "content", "value", "tool_calls", "tools", "function"]
+WORDS += ["user", "gpt", "function_call", "name", "arguments", "input", "system"]
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=3)
+    | st.sampled_from([*WORDS, HUMAN, "[{}]", '{"name": "f", "arguments": {}}']),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(WORDS), inner, max_size=5)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300)
+@given(JSON, st.sampled_from(["auto", *FORMATS]))
+def test_any_row_is_conversations_or_a_data_error(row, format):
+    try:
+        found = to_conversations(row, format, where="x.jsonl, line 3")
+    except DataError as error:
+        assert str(error).startswith("x.jsonl, line 3")
+        return
+    for conversation in found:
+        assert conversation.messages[-1]["role"] == "assistant"
+        assert all(isinstance(m["content"], str) for m in conversation.messages)
 
 
 def test_an_unknown_format_is_refused():

@@ -181,6 +181,13 @@ def test_a_bad_row_is_named_by_file_and_line(line, words, tmp_path):
         read_conversations(path, skip_bad_rows=1)
 
 
+def test_the_format_is_found_behind_bad_rows(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"a": 1}, ALPACA])
+    with pytest.raises(DataError, match=r"a.jsonl, line 1 has fields 'a', which no"):
+        read_conversations(path)
+    assert outputs(path, skip_bad_rows=1) == ["3"]
+
+
 def test_bad_tables(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("question,answer\nq,a\nq\nq,a,b\n")
