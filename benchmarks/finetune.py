@@ -57,8 +57,8 @@ class Case:
 
 CASES = [
     Case("none 4x2048", 4, 2048, "none", unroll=True),
-    Case("full 4x2048", 4, 2048, "full"),
-    Case("offload 4x2048", 4, 2048, "offload", chunk_size=512),
+    Case("full 4x2048", 4, 2048, "full", chunk_size=512),
+    Case("offload 4x2048", 4, 2048, "offload", "paged", chunk_size=512),
     Case("attention 4x2048", 4, 2048, "attention"),
     Case("device 1x512", 1, 512, "none", unroll=True, chunk_size=512, steps=20),
     Case("paged 1x512", 1, 512, "full", "paged", chunk_size=128, steps=20),
@@ -113,7 +113,7 @@ def measure(case: Case) -> dict:
 
     import qlora_jax as ql
     from benchmarks import models
-    from qlora_jax.train import committed, next_token_loss_sum
+    from qlora_jax.train import committed, next_token_loss_sum, step_options
 
     config = models.SHAPES[case.model]
     if case.layers:
@@ -136,7 +136,12 @@ def measure(case: Case) -> dict:
         unroll=case.unroll,
         chunk_size=case.chunk_size,
     )
-    step = ql.make_train_step(tx, accumulate=case.accumulate, loss_sum=loss_sum)
+    step = ql.make_train_step(
+        tx,
+        accumulate=case.accumulate,
+        loss_sum=loss_sum,
+        compiler_options=step_options(case.batch * case.seq // case.accumulate),
+    )
     shape = (case.batch, case.seq)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
     batch = committed({"tokens": tokens})

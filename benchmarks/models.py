@@ -3,6 +3,9 @@
 Speed and memory do not depend on what the weights are, so none is downloaded.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -75,13 +78,21 @@ def random_model(config: LlamaConfig, seed: int = 0) -> Llama:
         if "norm" in str(path[-1]):
             return variable.replace(jnp.ones(value.shape, value.dtype))
         own = jax.random.fold_in(key, hash_of(path))
-        draw = jax.jit(
-            lambda key: jax.random.normal(key, value.shape, value.dtype) * 0.02
-        )
-        return variable.replace(draw(own))
+        return variable.replace(_normal(own, value.shape, value.dtype))
 
     graph, state = nnx.split(model)
     return nnx.merge(graph, nnx.map_state(fill, state))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
+    """Normal numbers of deviation 0.02, a part of the rows at a time."""
+    parts = math.gcd(shape[0], 64)
+
+    def rows(key):
+        return jax.random.normal(key, (shape[0] // parts, shape[1]), dtype) * 0.02
+
+    return jax.lax.map(rows, jax.random.split(key, parts)).reshape(shape)
 
 
 def hash_of(path) -> int:

@@ -10,4 +10,5 @@ from qlora_jax.train.loss import next_token_loss_sum as next_token_loss_sum
 from qlora_jax.train.progress import NonfiniteError as NonfiniteError
 from qlora_jax.train.step import committed as committed
 from qlora_jax.train.step import make_train_step as make_train_step
+from qlora_jax.train.step import step_options as step_options
 from qlora_jax.train.stop import Stopped as Stopped

@@ -37,6 +37,8 @@ class TrainConfig:
         accumulate: in how many parts, one after another, those rows are computed.
         seq_len: tokens of a row.
         remat: what the backward recomputes, see `Llama.hidden`.
+        unroll: compile layers one by one: longer to compile, and faster with
+            remat="none".
         chunk_size: tokens whose logits are in memory at a time.
         ema: decay of a running mean of the adapters, as 0.999, which is then what is
             evaluated and returned; 0 for none.
@@ -69,6 +71,7 @@ class TrainConfig:
     accumulate: int = 1
     seq_len: int = 512
     remat: Literal["none", "full", "attention", "offload"] = "full"
+    unroll: bool = False
     chunk_size: int = 512
     ema: float = 0.0
     eval_every: int = 0
@@ -153,7 +156,7 @@ _AT_LEAST_1 = (
 )  # fmt: skip
 # What may change when a run is taken up again: it changes no number of a step.
 _FREE = {
-    "remat", "chunk_size", "eval_every", "patience", "save_every", "keep",
+    "remat", "unroll", "chunk_size", "eval_every", "patience", "save_every", "keep",
     "max_skipped",
 }  # fmt: skip
 

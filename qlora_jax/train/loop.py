@@ -28,7 +28,7 @@ from qlora_jax.throughput import flops_per_token, peak_flops
 from qlora_jax.train.config import TrainConfig, check_same_run
 from qlora_jax.train.loss import next_token_loss_sum
 from qlora_jax.train.progress import NonfiniteError, Progress
-from qlora_jax.train.step import committed, make_train_step
+from qlora_jax.train.step import committed, make_train_step, step_options
 from qlora_jax.train.stop import Interruption, Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -115,9 +115,18 @@ class _Loop:
             self._take_up(run)
         self.guarded = _is_guarded(self.arrays[1])
         loss_sum = functools.partial(
-            next_token_loss_sum, remat=config.remat, chunk_size=config.chunk_size
+            next_token_loss_sum,
+            remat=config.remat,
+            unroll=config.unroll,
+            chunk_size=config.chunk_size,
         )
-        self.step = make_train_step(tx, accumulate=config.accumulate, loss_sum=loss_sum)
+        parts, tokens = config.accumulate, config.batch_size * config.seq_len
+        self.step = make_train_step(
+            tx,
+            accumulate=parts,
+            loss_sum=loss_sum,
+            compiler_options=step_options(tokens // parts),
+        )
         self.dropout_key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self.callbacks = [*callbacks, run.log] if run is not None else callbacks
         self.rates = _rates(config)
