@@ -1,6 +1,7 @@
 """From conversations to tokens with a mask: what the model sees and what it learns."""
 
 import dataclasses
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -9,6 +10,10 @@ import numpy as np
 
 from qlora_jax.data.conversations import Conversation, DataError, Message
 from qlora_jax.data.templates import template_source
+
+# Templates that tell the model what day it is are told this one, so that the same rows
+# are the same tokens tomorrow. It is the day that Llama 3.1's falls back on.
+_TODAY = datetime.date(2024, 7, 26)
 
 # Stands for the text of a message while a template is rendered.
 _PLACEHOLDER = "\ue000{}\ue001"
@@ -50,6 +55,7 @@ class ChatTokenizer(Protocol):
         *,
         answer_next: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
+        date: datetime.date | None = None,
     ) -> str:
         """Returns a conversation as the text the model was trained on."""
         ...
@@ -316,7 +322,9 @@ class Encoder:
         answer_next: bool = False,
     ) -> str:
         try:
-            return self.tokenizer.render(messages, answer_next=answer_next, tools=tools)
+            return self.tokenizer.render(
+                messages, answer_next=answer_next, tools=tools, date=_TODAY
+            )
         except ValueError as error:
             raise DataError(str(error)) from None
 

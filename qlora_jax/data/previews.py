@@ -84,6 +84,11 @@ def preview(
     for row in range(min(count, len(rows))):
         documents = [rows.documents[i] for i in rows.documents_of(row)]
         parts += _shown(row, documents, rows, tokenizer)
+    left_out = counts.empty_answers + rows.documents.left_out
+    if left_out:
+        parts.append(
+            f"--- {left_out} left out: an empty answer, or none within seq_len\n"
+        )
     plain = "".join(
         p if isinstance(p, str) else p.text if p.learned else f"[{p.text}]"
         for p in parts

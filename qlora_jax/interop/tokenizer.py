@@ -116,6 +116,7 @@ class Tokenizer:
         *,
         answer_next: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
+        date: datetime.date | None = None,
     ) -> str:
         """Returns a conversation as the text the model was trained on.
 
@@ -123,6 +124,7 @@ class Tokenizer:
             messages: the turns, each with `role` and `content`.
             answer_next: end where the assistant's answer begins.
             tools: descriptions of functions that may be called, as OpenAI has them.
+            date: what a template that tells the day takes for today; None: today.
 
         Raises:
             ValueError: if the template refuses the messages.
@@ -136,6 +138,7 @@ class Tokenizer:
                 add_generation_prompt=answer_next,
                 bos_token=self.bos_token,
                 eos_token=self.eos_token,
+                strftime_now=(date or datetime.datetime.now()).strftime,
             )
         # A template may also add None to a text, or the like.
         except (jinja2.TemplateError, TypeError) as error:
@@ -204,7 +207,6 @@ def _compiled(source: str) -> Any:
     environment.globals["raise_exception"] = raise_exception
     # Jinja's own writes for HTML: "<" as "\u003c".
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["strftime_now"] = datetime.datetime.now().strftime
     return environment.from_string(source)
 
 
@@ -254,7 +256,7 @@ def _from_folder(folder: pathlib.Path) -> Tokenizer:
 
 # How GGUF's names for pre-tokenizers split a text: a regular expression ("" is that of
 # GPT-2) and whether digits are single tokens.
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     "default": ("", False),
     "gpt-2": ("", False),
     "smollm": ("", True),
@@ -283,10 +285,10 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
         return value
 
     kind, pre = field("model"), file.metadata.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise NotImplementedError(
             f"{file.path}: tokenizer {kind!r} with pre-tokenizer {pre!r}; supported is "
-            f"'gpt2' with {', '.join(_PRE_TOKENIZERS)}. Load the model's Hugging Face "
+            f"'gpt2' with {', '.join(PRE_TOKENIZERS)}. Load the model's Hugging Face "
             "folder instead."
         )
     tokens, types = field("tokens"), field("token_type")
@@ -297,7 +299,7 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
         backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs))
     except Exception as error:  # the library raises bare Exception
         raise ModelFileError(f"{file.path} has no tokenizer: {error}.") from None
-    regex, digits = _PRE_TOKENIZERS[pre]
+    regex, digits = PRE_TOKENIZERS[pre]
     steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     if regex:
         steps += [pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")]

@@ -189,6 +189,12 @@ def test_a_template_that_asks_otherwise_than_it_tells():
     assert learned(example) == "a<|im_end|>"
 
 
+def test_tomorrow_the_tokens_are_the_same():
+    template = "{{ strftime_now('%d %b %Y') }}: {{ messages[-1].content }}"
+    example = encode(exchange("u", "a"), chat_template=template)
+    assert seen(example).startswith("26 Jul 2024: ")
+
+
 def test_refusals():
     calling = {"function": {"name": "f", "arguments": {}}}
     called = conversation([*turns("u"), {"role": "assistant", "tool_calls": [calling]}])

@@ -53,6 +53,14 @@ def test_packed_rows_and_cut_ones(file):
     assert cut.endswith("]answ\n")
 
 
+def test_rows_left_out_are_said(tmp_path):
+    rows = [{"messages": turns("u" * n, a)} for n, a in ((1, "a"), (99, "a"), (1, ""))]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    text = preview(path, TOKENIZER, seq_len=64, file=io.StringIO())
+    assert text.count("--- row") == 1
+    assert text.endswith("--- 2 left out: an empty answer, or none within seq_len\n")
+
+
 def test_options_of_encoding_are_taken(file):
     out = io.StringIO()
     text = preview(
