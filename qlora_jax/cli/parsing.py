@@ -44,15 +44,24 @@ def parse[Options](
 
 
 def _plain(box: str) -> str:
-    """Returns the words of tyro's framed message as one line."""
-    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line) for line in box.splitlines()]
-    parts = [line for line in lines if line.strip() and line[0] not in "╭╰+"]
-    ends = [i for i, line in enumerate(parts) if set(line.strip()) <= set("─-")]
-    first = " ".join(line.strip() for line in parts[: ends[0] if ends else None])
-    meant = [line.split()[0] for line in parts if re.match(r"\s+--?\w", line)]
-    if "nrecognized" in first and meant:
-        return f"{first.rstrip('.')}. Perhaps you meant {' or '.join(meant[:2])}."
-    return first if first.endswith((".", "?")) else f"{first}."
+    """Returns the words of tyro's framed message as one line.
+
+    A frame of lines, whose upper edge holds a title, or in ASCII a title and a rule;
+    then paragraphs with rules between them.
+    """
+    framed = box.startswith("╭")
+    lines = [line.strip("│") for line in box.splitlines() if line[:1] not in "╭╰"]
+    paragraphs: list[list[str]] = [[]]
+    for line in lines:
+        if line.strip() and set(line.strip()) <= set("─-"):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(line)
+    words = " ".join(" ".join(paragraphs[0 if framed else 1]).split())
+    meant = re.findall(r"^ {4,}(--\w[\w-]*)", "\n".join(lines), re.MULTILINE)
+    if "nrecognized" in words and meant:
+        return f"{words}. Perhaps you meant {' or '.join(meant[:2])}."
+    return words if words.endswith((".", "?")) else f"{words}."
 
 
 def read_yaml(path: pathlib.Path, options: type) -> dict[str, Any]:
@@ -161,6 +170,6 @@ def command_line(command: str, argv: Sequence[str]) -> str:
     """Returns what a user would type."""
     import shlex
 
-    program = pathlib.Path(sys.argv[0]).name
-    start = "python -m qlora_jax.cli" if program == "__main__.py" else "qlora-jax"
+    as_module = pathlib.Path(sys.argv[0]).parts[-2:] == ("cli", "__main__.py")
+    start = "python -m qlora_jax.cli" if as_module else "qlora-jax"
     return f"{start} {command} {shlex.join(argv)}".strip()
