@@ -129,7 +129,7 @@ class TokenCache:
         encoder: Encoder,
         bad: BadRows,
         sha256: str,
-    ) -> dict[str, Any]:
+    ) -> Mapping[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(tempfile.mkdtemp(dir=self.folder, prefix="partial-"))
         try:
@@ -146,13 +146,17 @@ class TokenCache:
                 "sizes": {n: (partial / f"{n}.bin").stat().st_size for n in _ARRAYS},
             }
             (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            if entry.exists():  # damaged, or another process was quicker
-                shutil.rmtree(entry, ignore_errors=True)
+            there = _checked_meta(entry)
+            if there is not None and there["bad_rows"] <= bad.limit:
+                return there  # another process was quicker
+            shutil.rmtree(entry, ignore_errors=True)  # damaged
             try:
                 os.rename(partial, entry)
             except OSError:
-                if _checked_meta(entry) is None:
+                there = _checked_meta(entry)
+                if there is None:
                     raise
+                return there
             return meta
         finally:
             shutil.rmtree(partial, ignore_errors=True)

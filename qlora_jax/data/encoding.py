@@ -4,10 +4,11 @@ import dataclasses
 import datetime
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from qlora_jax.data.chat_tokenizer import ChatTokenizer
 from qlora_jax.data.conversations import Conversation, DataError, Message
 from qlora_jax.data.templates import template_source
 
@@ -18,57 +19,6 @@ _TODAY = datetime.date(2024, 7, 26)
 # Stands for the text of a message while a template is rendered.
 _PLACEHOLDER = "\ue000{}\ue001"
 _PLACEHOLDERS = re.compile("\ue000(\\d+)\ue001")
-
-
-@runtime_checkable
-class ChatTokenizer(Protocol):
-    """What encoding asks of a tokenizer; `qlora_jax.load_tokenizer` returns one."""
-
-    @property
-    def bos_token(self) -> str:
-        """What a text begins with, "" if nothing."""
-        ...
-
-    @property
-    def eos_token(self) -> str:
-        """What an answer ends with."""
-        ...
-
-    @property
-    def control_tokens(self) -> Sequence[str]:
-        """Tokens that no text of a user may become."""
-        ...
-
-    @property
-    def template_source(self) -> str:
-        """Jinja source of the chat template."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all that decides which ids a conversation becomes."""
-        ...
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        answer_next: bool = False,
-        tools: Sequence[Mapping[str, Any]] = (),
-        date: datetime.date | None = None,
-    ) -> str:
-        """Returns a conversation as the text the model was trained on."""
-        ...
-
-    def encode_many(
-        self, texts: Sequence[str], *, special: bool = False
-    ) -> list[list[int]]:
-        """Returns the ids of each text; `special` lets control tokens be themselves."""
-        ...
-
-    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """Returns the text of ids."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

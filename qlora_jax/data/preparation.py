@@ -9,8 +9,9 @@ import numpy as np
 
 from qlora_jax.data.batching import Batch, Rows
 from qlora_jax.data.cache import Encoded, TokenCache
+from qlora_jax.data.chat_tokenizer import ChatTokenizer
 from qlora_jax.data.documents import Documents
-from qlora_jax.data.encoding import ChatTokenizer, Encoder, EncodingOptions, Example
+from qlora_jax.data.encoding import Encoder, EncodingOptions, Example
 from qlora_jax.data.mixture import Mixture, load_grain
 from qlora_jax.data.sources import Source, as_sources
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from qlora_jax.data.batching import Rows
 from qlora_jax.data.cache import Counts, examples_of
-from qlora_jax.data.encoding import ChatTokenizer, Encoder, EncodingOptions, Example
+from qlora_jax.data.chat_tokenizer import ChatTokenizer
+from qlora_jax.data.encoding import Encoder, EncodingOptions, Example
 from qlora_jax.data.sources import BadRows, as_sources
 
 

@@ -1,25 +1,20 @@
 """Where rows come from: files in several forms, folders of them, data sets by name."""
 
-import csv
 import dataclasses
 import glob
-import gzip
 import hashlib
 import itertools
 import json
 import os
 import pathlib
 import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from qlora_jax.data.conversations import Conversation, DataError
 from qlora_jax.data.encoding import is_empty
 from qlora_jax.data.formats import detect_format, known_format, to_conversations
-
-# A row with what an error calls it, or the error that stands in its place.
-Found = tuple[str, Any]
+from qlora_jax.data.readers import READERS, Found, hub_rows, kind_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Source:
         if text.startswith("hf:"):
             return text[3:]
         # A name of the hub, unless there is such a file.
-        plain = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not _kind(text)
+        plain = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not kind_of(text)
         return text if plain and not pathlib.Path(text).exists() else None
 
     def files(self) -> list[pathlib.Path]:
@@ -75,7 +70,9 @@ class Source:
         """
         path = pathlib.Path(self.path).expanduser()
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p.name))
+            found = sorted(
+                p for p in path.rglob("*") if p.is_file() and kind_of(p.name)
+            )
             visible = [
                 p
                 for p in found
@@ -83,17 +80,17 @@ class Source:
             ]
             if not visible:
                 raise DataError(
-                    f"The folder {path} holds no data file ({', '.join(_READERS)})."
+                    f"The folder {path} holds no data file ({', '.join(READERS)})."
                 )
             return visible
         if path.is_file():
-            if not _kind(path.name):
+            if not kind_of(path.name):
                 raise DataError(
-                    f"{path} is not one of {', '.join(_READERS)} (or .gz of them)."
+                    f"{path} is not one of {', '.join(READERS)} (or .gz of them)."
                 )
             return [path]
         matches = sorted(glob.glob(str(path), recursive=True))
-        files = [pathlib.Path(m) for m in matches if _kind(m)]
+        files = [pathlib.Path(m) for m in matches if kind_of(m)]
         if not files:
             raise DataError(f"There is no data file {path}.")
         return files
@@ -126,10 +123,10 @@ class Source:
 
     def _all_rows(self) -> Iterator[Found]:
         if self.hub_name is not None:
-            yield from _hub_rows(self.hub_name, self.config, self.split)
+            yield from hub_rows(self.hub_name, self.config, self.split)
             return
         for file in self.files():
-            yield from _READERS[_kind(file.name)](file)
+            yield from READERS[kind_of(file.name)](file)
 
     def conversations(self) -> Iterator[tuple[str, list[Conversation] | DataError]]:
         """Yields what each row stands for, or what is wrong with it.
@@ -254,137 +251,3 @@ def read_conversations(
     if not kept:
         raise DataError(f"{source.path} holds no rows with an answer.")
     return kept
-
-
-def _kind(name: str | os.PathLike[str]) -> str:
-    """Returns the ending that says how a file is read; "" if none does."""
-    suffix = pathlib.Path(str(name).removesuffix(".gz")).suffix
-    return suffix if suffix in _READERS else ""
-
-
-def _open(file: pathlib.Path) -> IO[bytes]:
-    return gzip.open(file) if file.suffix == ".gz" else open(file, "rb")  # type: ignore
-
-
-def _lines(file: pathlib.Path) -> Iterator[bytes]:
-    r"""Yields lines that end at "\n" alone; files of bytes know no other separator."""
-    try:
-        with _open(file) as stream:
-            first = True
-            for line in stream:
-                yield line.removeprefix(b"\xef\xbb\xbf") if first else line
-                first = False
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read: {error}.") from None
-
-
-def _text(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 ({error}); save it as such.") from None
-
-
-def _json_rows(file: pathlib.Path) -> Iterator[Found]:
-    lines = _lines(file)
-    head = []
-    for line in lines:
-        head.append(line)
-        if line.strip():
-            break
-    if head and head[-1].lstrip()[:1] == b"[":
-        text = _text(b"".join([*head, *lines]), str(file))
-        for i, row in enumerate(_parsed(text, str(file)), 1):
-            yield f"{file}, row {i}", row
-        return
-    for i, line in enumerate(itertools.chain(head, lines), 1):
-        if line.strip():
-            where = f"{file}, line {i}"
-            try:
-                row = _parsed(_text(line, where), where)
-            except DataError as error:
-                row = error
-            yield where, row
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(
-            f"{where} is not JSON ({error}). Give a JSON array or one object a line."
-        ) from None
-
-
-def _table_rows(file: pathlib.Path) -> Iterator[Found]:
-    csv.field_size_limit(2**31 - 1)  # the default is 128 KiB, shorter than some texts
-    tabs = _kind(file.name) == ".tsv"
-    lines = (_text(line, f"{file}, line {i}") for i, line in enumerate(_lines(file), 1))
-    reader = csv.DictReader(lines, delimiter="\t" if tabs else ",", strict=True)
-    try:
-        for row in reader:
-            where = f"{file}, line {reader.line_num}"
-            if None in row or None in row.values():
-                columns = ", ".join(reader.fieldnames or ())
-                yield (
-                    where,
-                    DataError(f"{where} has not the columns of the header: {columns}."),
-                )
-            else:
-                yield where, row
-    except csv.Error as error:
-        # Lines are counted when they have been read.
-        place = f"{file}, line {reader.line_num + 1}"
-        raise DataError(f"{place} is no table: {error}.") from None
-
-
-def _text_rows(file: pathlib.Path) -> Iterator[Found]:
-    yield f"{file}, line 1", {"text": _text(b"".join(_lines(file)), str(file))}
-
-
-def _parquet_rows(file: pathlib.Path) -> Iterator[Found]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(
-            f"Reading {file} needs pyarrow: pip install 'qlora-jax[data]'."
-        ) from None
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            number = 0
-            for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file} is no Parquet file: {error}") from None
-
-
-def _hub_rows(name: str, config: str | None, split: str) -> Iterator[Found]:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            f"There is no file {name}; as a data set of Hugging Face it needs "
-            "`datasets`: pip install 'qlora-jax[data]'."
-        ) from None
-    try:
-        found = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the library lets through those of many others
-        raise DataError(
-            f"The data set {name} (config {config}, split {split}) cannot be had: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    for number, row in enumerate(found, 1):
-        yield f"{name}, row {number}", row
-
-
-_READERS: dict[str, Callable[[pathlib.Path], Iterator[Found]]] = {
-    ".json": _json_rows,
-    ".jsonl": _json_rows,
-    ".csv": _table_rows,
-    ".tsv": _table_rows,
-    ".txt": _text_rows,
-    ".parquet": _parquet_rows,
-}

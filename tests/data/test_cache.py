@@ -1,3 +1,5 @@
+import concurrent.futures
+import dataclasses
 import json
 import os
 import time
@@ -8,6 +10,7 @@ import pytest
 from qlora_jax.data import DataError, Encoder, EncodingOptions, Source
 from qlora_jax.data.cache import TokenCache, default_cache_dir
 from tests.data.examples import ALPACA, TOKENIZER, WITH_BOS, write_lines
+from tests.interop.folders import byte_tokenizer
 
 
 class Counting:
@@ -126,6 +129,18 @@ def test_rows_that_the_template_refuses_are_bad(tmp_path):
     with pytest.raises(DataError, match=r"a.jsonl, line 2: The chat template refuses"):
         cache.encoded(Source(path), encoder)
     assert cache.encoded(Source(path), encoder, skip_bad_rows=1).bad_rows == 1
+
+
+def test_several_at_once_write_one_entry(file, tmp_path):
+    def encode(_):
+        tokenizer = dataclasses.replace(TOKENIZER, backend=byte_tokenizer())
+        cache = TokenCache(tmp_path / "cache")
+        return cache.encoded(Source(file), Encoder(tokenizer)).documents
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(encode, range(8)))
+    assert len({documents.fingerprint for documents in found}) == 1
+    assert len(entries(TokenCache(tmp_path / "cache"))) == 1
 
 
 def test_the_folder_is_bounded(file, tmp_path):
