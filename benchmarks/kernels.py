@@ -9,12 +9,19 @@ benchmarks register themselves in benchmarks/kernels_*.py.
 """
 
 import argparse
-import dataclasses
+import concurrent.futures
+import functools
 import importlib
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+# What is measured against is cuBLAS, which XLA would not always choose.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_triton_gemm=false"
+)
 
 import jax
 import jax.numpy as jnp
@@ -27,91 +34,125 @@ from qlora_jax.quant import dequantize, quantize
 
 # k, n of Llama layers
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (5120, 13824)]
-ROWS = [128, 256, 512, 1024, 2048, 8192]
+ROWS = [128, 256, 512, 1024, 2048, 4096, 8192]
 CACHE_BYTES = 120e6  # weights are rotated until they exceed this: twice an H200's L2
-CONFIGS = [
-    matmul_sm90.Config(tile_m=tile_m, stages=stages, permuted=permuted, cluster=cluster)
-    for tile_m, stages in ((256, 4), (192, 4), (128, 6), (64, 8))
-    for permuted in (4, 2, 1, 0)
-    for cluster in (1, 2)
-] + [matmul_sm90.Config(raster_width=width, permuted=0) for width in (4, 16)]
+OPS = {
+    "matmul": (quantized_matmul, matmul_sm90.matmul),
+    "matmul_dx": (quantized_matmul_dx, matmul_sm90.matmul_dx),
+}
 
 
-@dataclasses.dataclass
+@functools.cache
+def _weights(k: int, n: int) -> list:
+    """Random weights, enough of them that none is in the cache when it is its turn."""
+    copies = min(int(CACHE_BYTES // (k * n / 2)) + 2, 32)
+    make = jax.jit(lambda key: quantize(jax.random.normal(key, (k, n))))
+    return [make(key) for key in jax.random.split(jax.random.key(0), copies)]
+
+
+@functools.cache
+def _exact(k: int, n: int) -> list:
+    """The same weights in bfloat16."""
+    decode = jax.jit(lambda w: dequantize(w, jnp.bfloat16))
+    return [decode(w) for w in _weights(k, n)]
+
+
+@functools.cache
+def _decoded(k: int, n: int) -> np.ndarray:
+    """The first of them in float64, on the host."""
+    return np.asarray(dequantize(_weights(k, n)[0], jnp.float32), np.float64)
+
+
 class Problem:
-    """Weights and activations of one shape, one of the ops, made once."""
+    """One of the ops at one shape, and the programs that are to be compared."""
 
-    op: str
-    m: int
-    k: int
-    n: int
-
-    def __post_init__(self):
-        copies = min(int(CACHE_BYTES // (self.k * self.n / 2)) + 2, 32)
-        keys = jax.random.split(jax.random.key(0), copies + 1)
-        make = jax.jit(lambda key: quantize(jax.random.normal(key, (self.k, self.n))))
-        self.weights = [make(key) for key in keys[1:]]
+    def __init__(self, op: str, m: int, k: int, n: int):
+        self.op, self.m, self.k, self.n = op, m, k, n
+        self.weights = _weights(k, n)
         self.spec = self.weights[0].spec
-        self.forward = self.op == "matmul"
-        width = self.k if self.forward else self.n
-        self.x = jax.random.normal(keys[0], (self.m, width), jnp.bfloat16)
-        self.flops = 2 * self.m * self.k * self.n
+        self.forward = op == "matmul"
+        width = k if self.forward else n
+        self.x = jax.random.normal(jax.random.key(m), (m, width), jnp.bfloat16)
+        self.flops = 2 * m * k * n
+        self.calls = int(np.clip(3e-3 / (self.flops / 700e12 + 5e-6), 3, 48))
+        self.programs: dict[str, Callable[[], list]] = {}
 
-    def seconds(self, f, weights) -> float:
-        """Time of `f(x, weight)`."""
-        calls = int(np.clip(4e-3 / (self.flops / 700e12 + 5e-6), 4, 48))
-        return registry.seconds(f, [self.x], weights, calls=calls)
+    def ways(self, tune: bool) -> dict[str, Callable]:
+        """What is timed, by name."""
+        public, kernel = OPS[self.op]
+        spec = self.spec
+        ways = {
+            name: lambda x, p, name=name: public(x, p, spec, implementation=name)
+            for name in ("sm90", "two_pass", "xla")
+        }
+        if not tune:
+            return ways
+        configs = [c for c in matmul_sm90.candidates() if c.tile_m < 2 * self.m]
+        return {
+            f"sm90 {config}": lambda x, p, c=config: kernel(x, p, spec, config=c)
+            for config in configs
+        } | {"two_pass": ways["two_pass"]}
 
-    def bf16_seconds(self) -> float:
-        """Time of the product with the weight in bfloat16, as cuBLAS likes it."""
+    def compile(self, name: str, way: Callable) -> None:
+        """Makes a program of a way."""
+        packed = [w.packed for w in self.weights]
+        self.programs[name] = registry.program(way, [self.x], packed, calls=self.calls)
+
+    def bf16(self) -> Callable[[], list]:
+        """The program with the weight in bfloat16, as cuBLAS likes it."""
         contract = ((1,), (0 if self.forward else 1,))
-        return self.seconds(
+        return registry.program(
             lambda x, w: lax.dot_general(x, w, (contract, ((), ()))),
-            [dequantize(w, jnp.bfloat16) for w in self.weights],
+            [self.x],
+            _exact(self.k, self.n),
+            calls=self.calls,
         )
 
-    def error(self, f) -> float:
-        """Relative error of the first rows against float64."""
-        w = self.weights[0]
-        y = jax.jit(f)(self.x, w.packed)[:16]
-        exact = dequantize(w, jnp.float32)
-        with jax.enable_x64(True):
-            exact, x, y = (a.astype(jnp.float64) for a in (exact, self.x[:16], y))
-            expected = x @ (exact if self.forward else exact.T)
-            error = jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)
-        return float(error)
+    @functools.cached_property
+    def expected(self) -> np.ndarray:
+        """The first rows in float64."""
+        exact = _decoded(self.k, self.n)
+        x = np.asarray(self.x[:16], np.float64)
+        return x @ (exact if self.forward else exact.T)
+
+    def error(self, y) -> float:
+        """Relative error of the first rows."""
+        difference = np.asarray(y[:16], np.float64) - self.expected
+        return float(np.linalg.norm(difference) / np.linalg.norm(self.expected))
+
+    def floor(self, options: registry.Options) -> float:
+        """Seconds that the arithmetic, or the bytes, must take."""
+        read = self.weights[0].nbytes + 2 * self.m * (self.k + self.n)
+        return max(self.flops / options.flops, read / options.bandwidth)
 
 
 @registry.register("matmul")
 def large_matmuls(options: registry.Options) -> Iterator[registry.Row]:
-    """Forward and backward of many rows: the Hopper kernel and the plain form."""
+    """Forward and backward of many rows: every implementation, or configuration."""
     shapes = SHAPES[1:2] if options.quick else SHAPES
-    rows = [512, 2048] if options.quick or options.tune else ROWS
-    for k, n in shapes:
-        for m in rows:
-            for op in ("matmul", "matmul_dx"):
-                yield from _products(Problem(op, m, k, n), options)
+    shapes = [options.shape] if options.shape else shapes
+    rows = options.rows or ([512, 2048] if options.quick else ROWS)
+    problems = [Problem(op, m, k, n) for k, n in shapes for m in rows for op in OPS]
+    # Kernels take seconds to compile: side by side, and before anything is measured.
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        compiled = [
+            pool.submit(problem.compile, name, way)
+            for problem in problems
+            for name, way in problem.ways(options.tune).items()
+        ]
+        for one in compiled:
+            one.result()
+    for problem in problems:
+        problem.expected  # noqa: B018  takes as long on the host
+    with registry.alone():
+        for problem in problems:
+            yield from _measure(problem, options)
 
 
-def _products(problem: Problem, options: registry.Options) -> Iterator[registry.Row]:
-    kernel = matmul_sm90.matmul if problem.forward else matmul_sm90.matmul_dx
-    public = quantized_matmul if problem.forward else quantized_matmul_dx
-    spec = problem.spec
-    ways = {
-        "sm90": lambda x, p: kernel(x, p, spec),
-        "xla": lambda x, p: public(x, p, spec, implementation="xla"),
-    }
-    if options.tune:
-        ways = {
-            f"sm90 {config}": lambda x, p, c=config: kernel(x, p, spec, config=c)
-            for config in CONFIGS
-        }
-    bf16 = problem.bf16_seconds()
-    packed = [w.packed for w in problem.weights]
-    read = problem.weights[0].nbytes + 2 * problem.m * (problem.k + problem.n)
-    floor = max(problem.flops / options.flops, read / options.bandwidth)
-    for name, way in ways.items():
-        taken = problem.seconds(way, packed)
+def _measure(problem: Problem, options: registry.Options) -> Iterator[registry.Row]:
+    bf16, programs = problem.bf16(), problem.programs
+    times = registry.compare([bf16, *programs.values()], calls=problem.calls)
+    for (name, run), (taken, exact) in zip(programs.items(), times, strict=True):
         yield registry.Row(
             op=problem.op,
             format="nf4",
@@ -120,10 +161,10 @@ def _products(problem: Problem, options: registry.Options) -> Iterator[registry.
             n=problem.n,
             implementation=name,
             us=taken * 1e6,
-            bf16_us=bf16 * 1e6,
-            ratio=bf16 / taken,
-            error=None if options.tune else problem.error(way),
-            floor_us=floor * 1e6,
+            bf16_us=exact * 1e6,
+            ratio=exact / taken,
+            error=problem.error(run()[0]),
+            floor_us=problem.floor(options) * 1e6,
         )
 
 
@@ -141,6 +182,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times the kernels.")
     parser.add_argument("--quick", action="store_true", help="one shape")
     parser.add_argument("--tune", action="store_true", help="every configuration")
+    parser.add_argument("--shape", help="one shape, as 4096x14336: k and n")
+    parser.add_argument("--rows", help="of x: 512,2048")
     parser.add_argument("--only", help="the benchmark of this name alone")
     parser.add_argument("--limit", type=float, help="start nothing after so many s")
     arguments = parser.parse_args()
@@ -151,7 +194,15 @@ def main() -> None:
 
     start = time.monotonic()
     bandwidth, flops = ceilings()
-    options = registry.Options(arguments.quick, arguments.tune, bandwidth, flops)
+    shape = rows = None
+    if arguments.shape:
+        k, n = map(int, arguments.shape.split("x"))
+        shape = k, n
+    if arguments.rows:
+        rows = tuple(map(int, arguments.rows.split(",")))
+    options = registry.Options(
+        arguments.quick, shape, rows, arguments.tune, bandwidth, flops
+    )
     print(f"copies {bandwidth / 1e12:.2f} TB/s, bfloat16 {flops / 1e12:.0f} TFLOP/s")
     print(registry.HEADER, flush=True)
     rows = []

@@ -9,11 +9,14 @@ A benchmark is a generator of rows, registered by name:
 `benchmarks/kernels.py` runs all of `benchmarks/kernels*.py`.
 """
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -28,12 +31,16 @@ class Options:
 
     Attributes:
         quick: fewer shapes.
+        shape: this k and n alone, if not None.
+        rows: these rows of x alone, if not None.
         tune: try every configuration, not the chosen one alone.
         bandwidth: of a large copy on this device, bytes read and written a second.
         flops: of a large bfloat16 product on this device, a second.
     """
 
     quick: bool
+    shape: tuple[int, int] | None
+    rows: tuple[int, ...] | None
     tune: bool
     bandwidth: float
     flops: float
@@ -84,6 +91,36 @@ def register(name: str) -> Callable[[Benchmark], Benchmark]:
     return add
 
 
+def program(
+    op: Callable, activations: Sequence[jax.Array], weights: Sequence, *, calls: int
+) -> Callable[[], list]:
+    """Compiles `calls` calls of `op(x, w)` into one program, and runs it once.
+
+    So the host is not in the way, and each call takes the next weight: with enough of
+    them none is in the cache. Every call has arguments of its own, or the compiler
+    would do equal calls once. `op` is traced once, so that a kernel is compiled once.
+    """
+    op = jax.jit(op)
+    pairs = len(activations) * len(weights)
+    arguments = [
+        (activations[i % pairs // len(weights)], weights[i % len(weights)])
+        for i in range(calls)
+    ]
+    run = jax.jit(lambda arguments: [op(x, w) for x, w in arguments])
+    jax.block_until_ready(run(arguments))
+    return lambda: run(arguments)
+
+
+def burst(run: Callable[[], list], times: int) -> float:
+    """Seconds of so many runs of a program, one after the other."""
+    start = time.perf_counter()
+    out = None
+    for _ in range(times):
+        out = run()
+    jax.block_until_ready(out)
+    return time.perf_counter() - start
+
+
 def seconds(
     op: Callable,
     activations: Sequence[jax.Array],
@@ -92,32 +129,42 @@ def seconds(
     calls: int,
     repeats: int = 5,
 ) -> float:
-    """The median time of a call of `op(x, w)`.
+    """The median time of a call of `op(x, w)`; see `program`."""
+    run = program(op, activations, weights, calls=calls)
+    # Enough runs at once that starting the first one does not count.
+    times = max(2, round(4e-3 / burst(run, 1)))
+    return statistics.median(burst(run, times) / times / calls for _ in range(repeats))
 
-    All calls of a repeat are one program, so that the host is not in the way, and each
-    takes the next weight: with enough of them none is in the cache. `op` is traced
-    once, so that a kernel is compiled once.
+
+def compare(
+    runs: Sequence[Callable[[], list]], *, calls: int, repeats: int = 5
+) -> list[tuple[float, float]]:
+    """Median times of a call of each program, and of the first one next to it.
+
+    A GPU gets slower as it gets warmer, so each is timed right after the first one.
     """
-    op = jax.jit(op)
-
-    @jax.jit
-    def program(activations, weights):
-        pairs = len(activations) * len(weights)
-        return [
-            op(
-                activations[i % pairs // len(weights)],
-                weights[i % len(weights)],
-            )
-            for i in range(calls)
-        ]
-
-    jax.block_until_ready(program(activations, weights))
-    times = []
+    times = [[] for _ in runs[1:]]
     for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(program(activations, weights))
-        times.append((time.perf_counter() - start) / calls)
-    return statistics.median(times)
+        for run, own in zip(runs[1:], times, strict=True):
+            pair = burst(run, 2), burst(runs[0], 2)
+            own.append([x / 2 / calls for x in pair])
+    return [
+        (statistics.median(a), statistics.median(b))
+        for a, b in (zip(*own, strict=True) for own in times)
+    ]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Keeps other benchmarks of this machine from measuring at the same time.
+
+    Compiling takes longer than measuring: several shapes, each a process, may compile
+    side by side.
+    """
+    path = pathlib.Path(tempfile.gettempdir()) / "kernel-benchmark.lock"
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 HEADER = (
@@ -138,14 +185,30 @@ def line(row: Row) -> str:
 
 
 def write(rows: Sequence[Row], name: str) -> pathlib.Path:
-    """Writes `benchmarks/results/<name>.json`."""
+    """Writes `benchmarks/results/<name>.json`.
+
+    Rows of the same day, device and jax that were not measured again are kept.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {
         "machine": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
-        "rows": [dataclasses.asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    new = [dataclasses.asdict(row) for row in rows]
+    with alone():
+        kept = []
+        if path.exists():
+            old = json.loads(path.read_text())
+            if all(old[key] == value for key, value in document.items()):
+                measured = set(map(_key, new))
+                kept = [row for row in old["rows"] if _key(row) not in measured]
+        every = sorted(kept + new, key=_key)
+        path.write_text(json.dumps(document | {"rows": every}, indent=1) + "\n")
     return path
+
+
+def _key(row: dict) -> tuple:
+    names = ("op", "format", "k", "n", "m", "implementation")
+    return tuple(row[name] for name in names)

@@ -65,8 +65,6 @@ if TYPE_CHECKING:
 
 # Shared memory of a block on Hopper, less what barriers and the compiler take.
 _SHARED_BYTES = 225 * 1024
-# Measured on an H200, by rows of a tile: 128 features, 64 numbers of the contraction.
-_STEP_MICROSECONDS = {256: 0.95, 128: 0.74, 64: 0.70}
 
 Pass = Literal["forward", "backward"]
 
@@ -93,7 +91,7 @@ class Config:
     cluster: int = 1
     raster: Literal["rows", "features"] = "rows"
     raster_width: int = 8
-    permuted: int = STEP_WORDS
+    permuted: int = 1
     divided: bool = False
 
     def __post_init__(self):
@@ -181,20 +179,31 @@ def matmul_dx(
 
 
 def default_config(direction: Pass, m: int, spec: PackedSpec) -> Config:
-    """The tile that should be fastest for this shape.
+    """The configuration that should be fastest for this shape; see `tuning`."""
+    op = "matmul" if direction == "forward" else "matmul_dx"
+    tiling = tuning.best_tiling(op, m, spec)
+    # Pairs of blocks that share x pay forward, where there is much of it.
+    pairs = direction == "forward" and tiling.tile_m == 256 and m >= 1024
+    return Config(
+        tile_m=tiling.tile_m,
+        stages={256: 4, 192: 5, 128: 6, 64: 8}[tiling.tile_m],
+        cluster=2 if pairs and not tiling.divided else 1,
+        divided=tiling.divided,
+    )
 
-    Tiles are computed in waves, one on each multiprocessor, and a wave takes as long as
-    its tiles are high: `_STEP_MICROSECONDS`.
-    """
-    features = spec.n if direction == "forward" else spec.k
-    blocks = -(-features // TILE_FEATURES)
 
-    def cost(tile_m):
-        waves = -(-blocks * -(-m // tile_m) // _num_sms())
-        return waves * _STEP_MICROSECONDS[tile_m], -tile_m
-
-    tile_m = min(_STEP_MICROSECONDS, key=cost)
-    return Config(tile_m=tile_m, stages={256: 4, 128: 6, 64: 8}[tile_m])
+def candidates() -> list[Config]:
+    """Configurations among which measurements choose."""
+    return [
+        *(Config(permuted=p) for p in (0, 1, 2)),
+        Config(cluster=2),
+        Config(divided=True),
+        Config(tile_m=192, stages=5),
+        Config(tile_m=192, stages=5, divided=True),
+        Config(tile_m=128, stages=6),
+        Config(tile_m=128, stages=6, divided=True),
+        Config(tile_m=64, stages=8, divided=True),
+    ]
 
 
 def _check(direction: Pass, x: Any, packed: PackedWeight, spec: PackedSpec) -> None:
@@ -226,14 +235,6 @@ def _check(direction: Pass, x: Any, packed: PackedWeight, spec: PackedSpec) -> N
         )
 
 
-def _num_sms() -> int:
-    """Multiprocessors of the device the kernel is for; an H200's without a device."""
-    if device := jax.sharding.get_abstract_mesh().abstract_device:
-        return device.num_cores
-    device = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" else 132
-
-
 def _call(direction, x, packed, spec, config):
     _check(direction, x, packed, spec)
     config = config or default_config(direction, x.shape[0], spec)
@@ -257,7 +258,7 @@ def _call(direction, x, packed, spec, config):
             jnp.array(spec.nested_codebook, jnp.float32),
         ]
     pairs = decode.pair_table(spec.codebook, x.dtype.name, first="high")
-    workers = _num_sms() // config.cluster
+    workers = tuning.multiprocessors() // config.cluster
     out_type = jax.ShapeDtypeStruct(out_shape, x.dtype)
     counters = []
     if config.divided:

@@ -1,5 +1,7 @@
 """Which implementation serves a call: device predicates and measured preferences."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -9,10 +11,13 @@ from pallas_kernels.packed import PackedSpec, PackedWeight
 
 def compute_capability() -> float | None:
     """Compute capability of the default device, or None where it is no NVIDIA GPU."""
-    if jax.default_backend() != "gpu":
+    chosen = jax.config.jax_default_device  # a device, a platform or None
+    if isinstance(chosen, str):
+        chosen = jax.devices(chosen)[0]
+    if (chosen.platform if chosen else jax.default_backend()) != "gpu":
         return None
     try:
-        return float(jax.devices()[0].compute_capability)
+        return float((chosen or jax.devices()[0]).compute_capability)
     except (AttributeError, ValueError):  # an AMD GPU names an architecture instead
         return None
 
@@ -23,10 +28,71 @@ def has_hopper() -> bool:
     return capability is not None and 9 <= capability < 10
 
 
-# Rows of x up to which the kernel for few rows is the fastest, and from which the
-# product of a decoded weight is. docs/kernels.md has the measurements.
+def multiprocessors() -> int:
+    """Multiprocessors of the device a kernel is for; an H200's without a device."""
+    if device := jax.sharding.get_abstract_mesh().abstract_device:
+        return device.num_cores
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132
+
+
+# What follows was measured on an H200; docs/kernels.md has the measurements.
+
+# Rows of x up to which the kernel for few rows is the fastest.
 _FEW_ROWS = 16
-_MANY_ROWS = 4096
+# Features of a tile of the Hopper kernel, and numbers of the contraction of a step.
+TILE_FEATURES, STEP = 128, 64
+# Microseconds of a step, by rows of a tile.
+_STEP = {256: 0.81, 192: 0.68, 128: 0.66, 64: 0.54}
+# Where tiles are divided: steps take longer, since blocks no longer read the same x at
+# the same time, and the parts have to be added up.
+_DIVIDED_STEP, _DIVIDED = 1.12, 18.0
+# Microseconds of decoding 10**6 weights to memory and of reading them again, and
+# operations of the product in one.
+_DECODE, _READ, _PRODUCT = 0.8, 0.5, 690e6
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Tiling:
+    """How the Hopper kernel would cut a product, and what that should take.
+
+    Attributes:
+        microseconds: expected.
+        divided: whether tiles are divided along the contraction.
+        tile_m: rows of a tile.
+    """
+
+    microseconds: float
+    divided: bool
+    tile_m: int
+
+
+def best_tiling(op: Op, m: int, spec: PackedSpec) -> Tiling:
+    """The fastest of the Hopper kernel's ways to cut a product of `m` rows.
+
+    Tiles are computed in rounds, one on each multiprocessor, and a round takes as long
+    as the contraction is. If tiles are divided, no multiprocessor is idle in the last.
+    """
+    forward = op == "matmul"
+    features, contraction = (spec.n, spec.k) if forward else (spec.k, spec.n)
+    steps = -(-contraction // STEP)
+    workers = multiprocessors()
+
+    def tilings():
+        for tile_m, step in _STEP.items():
+            tiles = -(-features // TILE_FEATURES) * -(-m // tile_m)
+            yield Tiling(-(-tiles // workers) * steps * step, False, tile_m)
+            divided = tiles / workers * steps * step * _DIVIDED_STEP + _DIVIDED
+            yield Tiling(divided, True, tile_m)
+
+    return min(tilings())
+
+
+def two_pass_microseconds(m: int, spec: PackedSpec) -> float:
+    """What decoding the weight to memory and a product of `m` rows should take."""
+    weights = spec.n * spec.k
+    product = max(2 * m * weights / _PRODUCT, weights * 1e-6 * _READ)
+    return weights * 1e-6 * _DECODE + product
 
 
 def preference(
@@ -46,6 +112,6 @@ def preference(
         return ("xla",)
     if op == "matmul" and m <= _FEW_ROWS:
         return ("matvec", "sm90", "xla")
-    if m < _MANY_ROWS:
-        return ("sm90", "xla")
-    return ("xla",)
+    if two_pass_microseconds(m, spec) < best_tiling(op, m, spec).microseconds:
+        return ("two_pass", "sm90", "xla")
+    return ("sm90", "two_pass", "xla")

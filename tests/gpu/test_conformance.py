@@ -119,7 +119,14 @@ def test_quantizing_is_the_same_on_both_devices(format):
     cpu = jax.devices("cpu")[0]
     with jax.default_device(cpu):
         there = quantize(jax.device_put(w, cpu), format)
-    np.testing.assert_array_equal(here.codes, there.codes)
+    if format in ("nf4", "fp4"):
+        np.testing.assert_array_equal(here.codes, there.codes)
+    else:
+        # XLA's division on a GPU may be off by a unit in the last place, so that a
+        # number between two codes gets the other one.
+        codes, others = (np.asarray(w.codes, np.int16) for w in (here, there))
+        steps = np.abs((codes - others + 128) % 256 - 128)
+        assert steps.max() <= 1 and steps.mean() < 0.01
     offset = np.asarray(there.offset)
     assert abs(np.asarray(here.offset) - offset) <= 4 * np.spacing(offset)
     same = np.mean(np.asarray(here.absmax) == np.asarray(there.absmax))

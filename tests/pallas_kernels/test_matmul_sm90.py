@@ -235,17 +235,19 @@ def test_eight_bit_formats_are_refused():
 
 
 @pytest.mark.parametrize(
-    "direction, m, tile_m",
+    "direction, m, options",
     [
-        ("forward", 8192, 256),
-        ("forward", 512, 256),  # 2 waves, against 4 of half the height
-        ("backward", 512, 128),  # 128 tiles on 132 multiprocessors, against 64
-        ("forward", 64, 64),
+        ("forward", 8192, {"cluster": 2}),
+        ("forward", 512, {}),
+        ("forward", 64, {"tile_m": 64, "stages": 8}),
+        ("backward", 8192, {}),
+        ("backward", 512, {"divided": True}),
     ],
 )
-def test_tiles_follow_from_waves(direction, m, tile_m):
+def test_default_configurations(direction, m, options):
     _, spec = arrays(14336, 4096)
-    assert matmul_sm90.default_config(direction, m, spec).tile_m == tile_m
+    expected = matmul_sm90.Config(**options)
+    assert matmul_sm90.default_config(direction, m, spec) == expected
 
 
 @pytest.mark.parametrize(
@@ -257,6 +259,7 @@ def test_tiles_follow_from_waves(direction, m, tile_m):
         ({"cluster": 3}, "must be 1 or 2"),
         ({"raster": "columns"}, "must be 'rows' or 'features'"),
         ({"permuted": 5}, "must be 0 to 4"),
+        ({"divided": True, "cluster": 2}, "not divided"),
     ],
 )
 def test_a_configuration_checks_itself(options, message):

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,24 +24,54 @@ def test_kernels_of_another_chip_are_not_chosen(monkeypatch, capability):
     assert chosen("matmul", 1) == chosen("matmul", 2048) == ("xla",)
 
 
+# An MLP of Llama: 4096 to 14336 features. What was the fastest, docs/kernels.md.
+WIDE = PackedSpec(RAMP, n=14336, k=4096)
+UNEVEN = PackedSpec(RAMP, n=13824, k=5120)
+
+
 @pytest.mark.parametrize(
-    "op, m, first",
+    "op, m, spec, first",
     [
-        ("matmul", 1, "matvec"),
-        ("matmul", 16, "matvec"),
-        ("matmul", 17, "sm90"),
-        ("matmul", 2048, "sm90"),
-        ("matmul", 8192, "xla"),
-        ("matmul_dx", 1, "sm90"),
-        ("matmul_dx", 2048, "sm90"),
-        ("matmul_dx", 8192, "xla"),
+        ("matmul", 1, WIDE, "matvec"),
+        ("matmul", 16, WIDE, "matvec"),
+        ("matmul", 17, WIDE, "sm90"),
+        ("matmul", 512, WIDE, "sm90"),
+        ("matmul", 2048, WIDE, "sm90"),
+        ("matmul", 8192, WIDE, "two_pass"),
+        ("matmul_dx", 1, WIDE, "sm90"),
+        ("matmul_dx", 512, WIDE, "sm90"),
+        ("matmul_dx", 2048, WIDE, "sm90"),
+        ("matmul_dx", 8192, WIDE, "two_pass"),
+        ("matmul", 2048, UNEVEN, "sm90"),
+        ("matmul_dx", 2048, UNEVEN, "two_pass"),  # 320 tiles on 132 multiprocessors
     ],
 )
-def test_choices_on_hopper(monkeypatch, op, m, first):
+def test_choices_on_hopper(monkeypatch, op, m, spec, first):
     monkeypatch.setattr(tuning, "compute_capability", lambda: 9.0)
-    order = chosen(op, m)
+    order = chosen(op, m, spec=spec)
     assert order[0] == first
     assert order[-1] == "xla"  # can always
+
+
+@pytest.mark.parametrize(
+    "op, m, tile_m, divided",
+    [
+        ("matmul", 8192, 256, False),
+        ("matmul", 512, 256, False),
+        ("matmul_dx", 1024, 256, False),
+        ("matmul_dx", 512, 256, True),  # 64 tiles
+        ("matmul_dx", 256, 256, True),
+        ("matmul", 64, 64, False),
+    ],
+)
+def test_tiles_follow_from_rounds(op, m, tile_m, divided):
+    tiling = tuning.best_tiling(op, m, WIDE)
+    assert (tiling.tile_m, tiling.divided) == (tile_m, divided)
+
+
+def test_arrays_on_the_host_get_no_kernel():
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert tuning.compute_capability() is None
 
 
 def test_what_no_kernel_takes(monkeypatch):
