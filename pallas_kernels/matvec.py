@@ -25,19 +25,21 @@ always in the same order: results are deterministic.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import tuning
+from pallas_kernels import matvec_body, matvec_slices, tuning
 from pallas_kernels.decode import pair_table
-from pallas_kernels.matvec_body import Body
 from pallas_kernels.matvec_plan import BLOCK, CHUNK, TABLE_BYTES, Plan, Tile
+from pallas_kernels.matvec_slices_plan import SlicePlan, Slices
 from pallas_kernels.packed import PackedSpec, PackedWeight
 
 MAX_M = 32
+SLICES_MAX_M = 16
 _SMEM_BYTES = 226 * 1024
 _H200_SMS = 132  # assumed where a kernel is lowered without a GPU
 
@@ -75,7 +77,7 @@ def candidate_tiles(m: int, n: int, k: int) -> list[Tile]:
     groups = -(-n // (16 * num_sms()))  # of 16 rows, of a block of threads
     chunks = -(-k // CHUNK)
     found = []
-    for phases in (1, 2, 4, 8, 16, 32):
+    for phases in (1, 2, 4, 8, 16, 32, 64):
         per_phase = -(-chunks // phases)
         for row_groups in (2, 4, 1) if m <= 8 else (4, 2, 1):
             for warps in (8, 16, 12) if m <= 8 else (8,):
@@ -95,9 +97,27 @@ def candidate_tiles(m: int, n: int, k: int) -> list[Tile]:
     return [tile for *_, tile in sorted(found, key=lambda t: t[:4])]
 
 
+def candidate_slices(m: int, n: int, k: int) -> list[Slices]:
+    """Ways to give slices of columns to warps, the likely fastest first.
+
+    Few rows of x need few registers, and allow more warps. Little shared memory is
+    faster than deep rings (measured).
+    """
+    slices = k // CHUNK
+    phases = -(-slices // (20 if m <= 4 else 16))
+    k_warps = -(-slices // phases)
+    groups = -(-n // (16 * num_sms()))
+    batches = range(groups, 0, -1) if m <= 8 else (1,)
+    return [Slices(k_warps, phases, 1, batch) for batch in batches]
+
+
 def make_plan(
-    m: int, dtype, packed: PackedWeight, spec: PackedSpec, tile: Tile | None
-) -> Plan:
+    m: int,
+    dtype,
+    packed: PackedWeight,
+    spec: PackedSpec,
+    tile: Tile | Slices | None,
+) -> Plan | SlicePlan:
     """Checks what this kernel can do, and chooses how."""
     n, k = spec.n, spec.k
     capability = tuning.compute_capability()
@@ -122,15 +142,28 @@ def make_plan(
         )
     grid = min(num_sms(), -(-n // 16))
     name = jnp.dtype(dtype).name
-    for candidate in [tile] if tile else candidate_tiles(m, n, k):
-        plan = Plan(m, n, k, candidate, grid, name, spec.block_size, nested)
+    if tile is not None:
+        candidates = [tile]
+    else:
+        sliced = m <= SLICES_MAX_M and k % CHUNK == 0 and spec.block_size == BLOCK
+        candidates = candidate_slices(m, n, k) if sliced and k >= 8 * CHUNK else []
+        candidates += candidate_tiles(m, n, k)
+    for candidate in candidates:
+        if isinstance(candidate, Slices):
+            plan = SlicePlan(m, n, k, candidate, grid, name, nested)
+        else:
+            plan = Plan(m, n, k, candidate, grid, name, spec.block_size, nested)
         if plan.total_smem_bytes <= _SMEM_BYTES:
             return plan
     raise NotImplementedError(f"x of {m=} rows and {k=} does not fit {tile or 'here'}.")
 
 
 def matmul(
-    x: jax.Array, packed: PackedWeight, spec: PackedSpec, *, tile: Tile | None = None
+    x: jax.Array,
+    packed: PackedWeight,
+    spec: PackedSpec,
+    *,
+    tile: Tile | Slices | None = None,
 ) -> jax.Array:
     """Multiplies up to 32 rows, y = x @ W.
 
@@ -141,7 +174,7 @@ def matmul(
         x: bfloat16 or float16 [..., k], at most 32 rows in all.
         packed: the weight, 4-bit codes.
         spec: what its arrays mean.
-        tile: how to cut the work; by default the first of `candidate_tiles` that fits.
+        tile: how to cut the work; by default the first candidate that fits.
 
     Returns:
         [..., n], in x's type.
@@ -169,8 +202,9 @@ def matmul(
 
 
 @functools.cache
-def _kernel(plan: Plan, names: tuple[str, ...]):
+def _kernel(plan: Plan | SlicePlan, names: tuple[str, ...]):
     """The kernel of a plan, taking the operands called `names`."""
+    body: Any = {Plan: matvec_body, SlicePlan: matvec_slices}[type(plan)].Body
 
     def matvec(*refs, table_smem, ring, smem):
         *operands, y = refs
@@ -179,7 +213,7 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
 
         @plgpu.inline_mgpu(arg_types=({name: plgpu.RefType() for name in named},))
         def run(ctx, refs):
-            Body(plan, ctx, refs).run()
+            body(plan, ctx, refs).run()
 
         run(named)  # pyright: ignore[reportCallIssue]
 
@@ -188,7 +222,7 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
         out_type=jax.ShapeDtypeStruct((plan.m, plan.n), plan.dtype),
         grid=(plan.grid,),
         grid_names=("i",),
-        num_threads=plan.tile.threads // 128,
+        num_threads=plan.threads // 128,
         thread_name="wg",
         scratch_types={
             "table_smem": plgpu.SMEM((TABLE_BYTES,), jnp.uint8),

@@ -400,29 +400,33 @@ class Body:
         for i in range(BLOCKS // plan.classes):
             parts = {(g, j): zeros for g in range(groups) for j in range(tiles)}
             for block in range(i * plan.classes, (i + 1) * plan.classes):
-                x_words = [self.load_x(x, chunk, block, j) for j in range(tiles)]
+                decoded = []
                 for group in range(groups):
                     words = self.load_codes(slot, block, group)
                     low = self.decode(words[0]) + self.decode(words[1])
                     high = self.decode(words[2]) + self.decode(words[3])
-                    for j in range(tiles):
+                    decoded.append((low, high))
+                for j in range(tiles):
+                    x_words = self.load_x(x, chunk, block, j)
+                    for group, (low, high) in enumerate(decoded):
                         part = parts[group, j]
                         for s in range(0, 8, 2):
                             a = [low[s], high[s], low[s + 1], high[s + 1]]
-                            part = self.mma(a, x_words[j][s : s + 2], part)
+                            part = self.mma(a, x_words[s : s + 2], part)
                         parts[group, j] = part
-            for (group, j), part in parts.items():
-                for r in range(4):
-                    at = (group * tiles + j) * 4 + r
-                    scale = scales[2 * group + r // 2][i]
-                    sums[at] = emit.ptx(
-                        "fma.rn.f32 $0, $1, $2, $3;",
-                        scale,
-                        part[r],
-                        sums[at],
-                        out="f",
-                        pure=True,
-                    )
+                        if block + 1 < (i + 1) * plan.classes:
+                            continue
+                        # Scaled at once, so that few products are held.
+                        for r in range(4):
+                            at = (group * tiles + j) * 4 + r
+                            sums[at] = emit.ptx(
+                                "fma.rn.f32 $0, $1, $2, $3;",
+                                scales[2 * group + r // 2][i],
+                                part[r],
+                                sums[at],
+                                out="f",
+                                pure=True,
+                            )
         return sums
 
     # The kernel.

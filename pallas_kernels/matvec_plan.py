@@ -61,6 +61,11 @@ class Plan:
     nested_block_size: int | None  # None: scales are float32
 
     @property
+    def threads(self) -> int:
+        """Threads of one block."""
+        return self.tile.threads
+
+    @property
     def ptx_type(self) -> str:
         """The type's name in PTX."""
         return {"bfloat16": "bf16", "float16": "f16"}[self.dtype]
@@ -68,9 +73,7 @@ class Plan:
     @property
     def x_rows(self) -> int:
         """Columns of B that hold rows of x: m, padded."""
-        if self.m <= 4:
-            return 2 if self.m <= 2 else 4
-        return -(-self.m // 8) * 8
+        return padded_rows(self.m)
 
     @property
     def classes(self) -> int:
@@ -169,3 +172,10 @@ class Plan:
     def total_smem_bytes(self) -> int:
         """All shared memory of a block of threads."""
         return TABLE_BYTES + self.ring_bytes + self.smem_offsets["end"]
+
+
+def padded_rows(m: int) -> int:
+    """Columns of B that hold rows of x: m, padded."""
+    if m <= 4:
+        return 2 if m <= 2 else 4
+    return -(-m // 8) * 8

@@ -23,7 +23,16 @@ def product(x, packed, spec):
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 8, 16, 17, 32])
 @pytest.mark.parametrize(
-    "n, k", [(1024, 4096), (4096, 1024), (1000, 1088), (576, 1536), (2048, 14336)]
+    "n, k",
+    [
+        (1024, 4096),
+        (4096, 1024),
+        (1000, 1088),
+        (576, 1536),
+        (2048, 14336),
+        (7000, 2560),  # several groups of rows a block of threads, the last one short
+        (8448, 8192),  # and several phases
+    ],
 )
 def test_equals_the_product(m, n, k):
     packed, spec = make_weight(n, k)
@@ -45,9 +54,10 @@ def test_every_format_and_scale(name, block_size, nested, dtype):
     assert error <= MATMUL_RELATIVE[np.dtype(dtype).name]
 
 
-def test_a_layer_of_a_stack_is_read_in_place():
-    packed, spec = make_weight(512, 1024, layers=3)
-    x = np.random.default_rng(0).normal(size=(1, 1024)).astype(jnp.bfloat16)
+@pytest.mark.parametrize("k", [1024, 4096])
+def test_a_layer_of_a_stack_is_read_in_place(k):
+    packed, spec = make_weight(512, k, layers=3)
+    x = np.random.default_rng(0).normal(size=(1, k)).astype(jnp.bfloat16)
 
     @jax.jit
     def scan(x, packed: PackedWeight):

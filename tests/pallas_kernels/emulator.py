@@ -281,11 +281,15 @@ class Emulator:
             predicates[operands[0]] = compare[op[1]](a, b)
         elif kind == "shfl":
             value = read(operands[1]).reshape(-1, 32)
-            assert mask.all(), "a shuffle that not all threads meet"
-            lane = np.arange(32)
-            by = int(read(operands[2])[0])
-            source = lane ^ by if op[2] == "bfly" else np.full(32, by)
-            write(operands[0], value[:, source].reshape(-1), mask)
+            warps = mask.reshape(-1, 32)
+            assert (warps.any(1) == warps.all(1)).all(), "a shuffle of half a warp"
+            source = read(operands[2]).reshape(-1, 32).astype(np.int64)
+            if op[2] == "bfly":
+                source = np.arange(32) ^ source
+            else:
+                source = source % 32
+            shuffled = np.take_along_axis(value, source, 1)
+            write(operands[0], shuffled.reshape(-1), mask)
         elif kind == "ldmatrix":
             self._load_matrices(op, operands, mask, read, write)
         elif kind == "mma":
@@ -379,6 +383,12 @@ class Emulator:
     def _copy_async(self, op, operands, mask, read):
         """`cp.async` and how it is waited for."""
         everyone = np.ones(self.threads, bool)
+
+        def address(place):
+            base, _, offset = place.strip("[]").partition("+")
+            base = read(base)
+            return base + base.dtype.type(offset or 0)
+
         if op[2] == "commit_group":
             self.groups.append(self.uncommitted)
             self.uncommitted = []
@@ -395,7 +405,7 @@ class Emulator:
             self.announced.append([barrier, mask.copy(), list(self.uncommitted)])
         else:
             size = int(operands[2])
-            target, source = (read(o.strip("[]")).copy() for o in operands[:2])
+            target, source = (address(o) for o in operands[:2])
             sizes = read(operands[-1]).copy()
             left = mask.copy()  # a group and a barrier may both wait for it
 

@@ -1,14 +1,16 @@
 """The decoding kernel: computed on numpy, and lowered for CUDA, without a GPU."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import matvec, matvec_body
+from pallas_kernels import matvec, matvec_body, matvec_slices
 from pallas_kernels.matvec_plan import TABLE_BYTES, Tile
+from pallas_kernels.matvec_slices_plan import SlicePlan, Slices
 from pallas_kernels.packed import PackedSpec, PackedWeight
 from tests.pallas_kernels.emulator import Emulator
 from tests.tolerances import MATMUL_RELATIVE
@@ -64,9 +66,10 @@ def emulate(monkeypatch, x, packed, spec, tile=None, grid=None, lazy=False):
         "layer": packed.layer,
     }
     operands = {k: np.array(v) for k, v in operands.items() if v is not None}
+    module: Any = matvec_slices if isinstance(plan, SlicePlan) else matvec_body
     for block in range(plan.grid):
         emulator = Emulator(
-            plan.tile.threads,
+            plan.threads,
             block,
             {
                 "table_smem": TABLE_BYTES,
@@ -77,8 +80,8 @@ def emulate(monkeypatch, x, packed, spec, tile=None, grid=None, lazy=False):
             },
             lazy,
         )
-        monkeypatch.setattr(matvec_body, "emit", emulator)
-        matvec_body.Body(plan, None, emulator.refs).run()
+        monkeypatch.setattr(module, "emit", emulator)
+        module.Body(plan, None, emulator.refs).run()
         y = emulator.refs["y"].bytes.view(x.dtype).reshape(y.shape)
     return y
 
@@ -100,6 +103,15 @@ def relative_error(y, expected):
         (2, 192, 1280, Tile(1, 4, 1, 2)),  # rings wrap, within a tile and across
         (9, 160, 1280, Tile(1, 2, 2, 3, phases=3)),
         (5, 72, 320, None),  # the last rows and the last columns fill no tile
+        (1, 96, 1024, Slices(4, 1, 1, 2)),
+        (1, 96, 1024, Slices(4, 1, 2, 4)),
+        (2, 80, 1024, Slices(4, 1, 1, 1)),
+        (3, 64, 2048, Slices(4, 2, 2, 2)),
+        (4, 48, 1536, Slices(3, 2, 3, 4)),  # a warp that idles
+        (8, 96, 1280, Slices(3, 2, 2, 1)),  # a slice past the last column
+        (5, 40, 1024, Slices(4, 1, 2, 2)),  # rows that fill no group
+        (16, 64, 2048, Slices(4, 2, 2, 1)),
+        (11, 160, 1024, Slices(4, 1, 2, 2)),
     ],
 )
 @pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
@@ -111,20 +123,31 @@ def test_every_number_is_computed(monkeypatch, m, n, k, tile, lazy):
     assert relative_error(y, expected) <= MATMUL_RELATIVE["bfloat16"]
 
 
-@pytest.mark.parametrize("block_size, nested", [(64, False), (128, True), (256, False)])
-def test_every_kind_of_scale_is_read(monkeypatch, block_size, nested):
+@pytest.mark.parametrize(
+    "block_size, nested, tile",
+    [
+        (64, False, Tile(1, 1, 4)),
+        (128, True, Tile(1, 1, 4)),
+        (256, False, Tile(1, 1, 4)),
+        (64, True, Slices(2)),
+        (64, False, Slices(2)),
+    ],
+)
+@pytest.mark.parametrize("m", [2, 5])
+def test_every_kind_of_scale_is_read(monkeypatch, m, block_size, nested, tile):
     packed, spec = make_weight(32, 512, block_size, nested, nested_block_size=4)
-    x = np.random.default_rng(0).normal(size=(2, 512)).astype(np.float16)
-    y = emulate(monkeypatch, x, packed, spec, Tile(1, 1, 4), grid=1)
+    x = np.random.default_rng(0).normal(size=(m, 512)).astype(np.float16)
+    y = emulate(monkeypatch, x, packed, spec, tile, grid=1)
     expected = x.astype(np.float64) @ decoded(packed, spec).T
     assert relative_error(y, expected) <= MATMUL_RELATIVE["float16"]
 
 
-def test_a_layer_of_a_stack_is_read_in_place(monkeypatch):
+@pytest.mark.parametrize("tile", [Tile(1, 1, 4), Slices(2)], ids=str)
+def test_a_layer_of_a_stack_is_read_in_place(monkeypatch, tile):
     packed, spec = make_weight(32, 512, layers=3)
     x = np.random.default_rng(0).normal(size=(1, 512)).astype(jnp.bfloat16)
     indexed = dataclasses.replace(packed, layer=np.asarray([2], np.int32))
-    y = emulate(monkeypatch, x, indexed, spec, Tile(1, 1, 4), grid=2)
+    y = emulate(monkeypatch, x, indexed, spec, tile, grid=2)
     one = jax.tree.map(lambda leaf: leaf[2], packed)
     expected = x.astype(np.float64) @ decoded(one, spec).T
     assert relative_error(y, expected) <= MATMUL_RELATIVE["bfloat16"]
@@ -132,7 +155,16 @@ def test_a_layer_of_a_stack_is_read_in_place(monkeypatch):
 
 @pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize(
-    "n, k", [(4096, 4096), (14336, 4096), (4096, 14336), (5120, 13824), (1000, 1088)]
+    "n, k",
+    [
+        (4096, 4096),
+        (14336, 4096),
+        (4096, 14336),
+        (5120, 13824),
+        (28672, 8192),
+        (8192, 28672),
+        (1000, 1088),
+    ],
 )
 def test_lowers_for_cuda(m, n, k):
     packed, spec = make_weight(16, 64)
