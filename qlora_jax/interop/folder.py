@@ -178,7 +178,7 @@ def write_folder(
     form: Form,
     config: Mapping[str, Any],
     *,
-    copied_from: pathlib.Path | None = None,
+    finish: Callable[[pathlib.Path], None] = lambda folder: None,
     shard_bytes: int = 5_000_000_000,
     advance: Callable[[Entry], None] = lambda entry: None,
 ) -> None:
@@ -190,7 +190,7 @@ def write_folder(
         form: how they are written.
         config: the model's config.json; what it says of types and of quantization is
             replaced by what is written.
-        copied_from: the folder to take tokenizer and generation config from.
+        finish: called with the folder in the making, to put other files into it.
         shard_bytes: a new file begins before one grows larger.
         advance: called after each weight.
 
@@ -199,11 +199,15 @@ def write_folder(
     """
     with new_folder(folder) as partial:
         kinds = _write_shards(partial, entries, form, shard_bytes, advance)
-        if copied_from is not None:
-            for name in COPIED:
-                if (copied_from / name).is_file():
-                    shutil.copyfile(copied_from / name, partial / name)
+        finish(partial)
         write_json(partial / "config.json", _config(config, entries, kinds, form))
+
+
+def copy_along(source: str | os.PathLike[str], folder: pathlib.Path) -> None:
+    """Copies what goes with a model from the folder it came from."""
+    for name in COPIED:
+        if (pathlib.Path(source) / name).is_file():
+            shutil.copyfile(pathlib.Path(source) / name, folder / name)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,17 +31,17 @@ _STRING, _ARRAY = 8, 9
 
 # architecture: its name in Hugging Face, and whether rows of q and k are permuted: the
 # "llama" converter stores the pairs of a rotation side by side, others keep halves.
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", True),
     "qwen2": ("Qwen2ForCausalLM", False),
     "qwen3": ("Qwen3ForCausalLM", False),
 }
-_TOP = {
+TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_IN_LAYER = {
+IN_LAYER = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -201,6 +201,42 @@ class GGUFFile:
         return info.type.decode(blocks).reshape(info.shape)
 
 
+def load(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the metadata and all tensors of a file, dequantized, under its names.
+
+    Raises:
+        ModelFileError: if the file is damaged.
+        NotImplementedError: if a tensor is of a type that is not supported.
+    """
+    file = GGUFFile(path)
+    return file.metadata, {name: file.read(name) for name in file.tensors}
+
+
+def save(
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    tensor_types: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file, which appears whole or not at all. Needs the `gguf` package.
+
+    Args:
+        path: the file.
+        metadata: "general.architecture" and what else the header holds: numbers,
+            texts, and lists of one of them.
+        tensors: by the names they are to have; rows of q and k as they are to lie.
+        tensor_types: by name, types other than float32: "F16", "Q8_0", "Q4_0", ...
+
+    Raises:
+        ValueError: if the architecture is missing.
+    """
+    from qlora_jax.interop.gguf_out import save_tensors
+
+    save_tensors(path, metadata, tensors, tensor_types or {})
+
+
 class GGUFSource:
     """A GGUF model under Hugging Face's names, shapes and order of rows.
 
@@ -249,23 +285,23 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _hf_name(name: str) -> str:
-    if name in _TOP:
-        return _TOP[name]
+    if name in TOP:
+        return TOP[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match and match[2] in _IN_LAYER:
-        return f"model.layers.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"
+    if match and match[2] in IN_LAYER:
+        return f"model.layers.{match[1]}.{IN_LAYER[match[2]]}.{match[3]}"
     return name  # shown as unexpected by the check of tensors
 
 
 def _config(file: GGUFFile) -> tuple[LlamaConfig, bool]:
     metadata = file.metadata
     kind = metadata.get("general.architecture", "unknown")
-    if kind not in _ARCHITECTURES:
+    if kind not in ARCHITECTURES:
         raise NotImplementedError(
             f"{file.path}: architecture {kind!r} is not supported; supported are "
-            f"{', '.join(_ARCHITECTURES)}."
+            f"{', '.join(ARCHITECTURES)}."
         )
-    architecture, permuted = _ARCHITECTURES[kind]
+    architecture, permuted = ARCHITECTURES[kind]
 
     def field(name: str, default: Any = None) -> Any:
         value = metadata.get(f"{kind}.{name}", default)
@@ -279,8 +315,15 @@ def _config(file: GGUFFile) -> tuple[LlamaConfig, bool]:
         factors = tuple(file.read("rope_freqs.weight").astype(float).tolist())
         rope_scaling = RopeScaling("factors", factors=factors)
     elif field("rope.scaling.type", "none") not in ("none", ""):
+        factor = field("rope.scaling.factor")
+        # llama.cpp sharpens as YaRN's paper says; the file does not.
+        is_yarn = field("rope.scaling.type") == "yarn" and factor > 1
+        context = field("rope.scaling.original_context_length", field("context_length"))
         rope_scaling = RopeScaling(
-            field("rope.scaling.type"), factor=field("rope.scaling.factor")
+            field("rope.scaling.type"),
+            factor=factor,
+            original_max_position=context,
+            attention_factor=0.1 * math.log(factor) + 1 if is_yarn else 1.0,
         )
     eos = metadata.get("tokenizer.ggml.eos_token_id")
     if "token_embd.weight" not in file.tensors:
@@ -307,4 +350,29 @@ def _config(file: GGUFFile) -> tuple[LlamaConfig, bool]:
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=() if eos is None else (eos,),
     )
+    if rope_scaling is not None and rope_scaling.factors:
+        known = llama3_of(rope_scaling.factors, config)
+        if known is not None:
+            config = dataclasses.replace(config, rope_scaling=known)
     return config, permuted
+
+
+def rope_factors(config: LlamaConfig) -> np.ndarray | None:
+    """Returns what each frequency is divided by, if a file must say it: Llama 3.1."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind not in ("llama3", "factors"):
+        return None
+    plain = dataclasses.replace(config, rope_scaling=None).rope_frequencies()
+    return (plain / config.rope_frequencies()).astype(np.float32)
+
+
+def llama3_of(factors: Sequence[float], config: LlamaConfig) -> RopeScaling | None:
+    """Returns the llama3 scaling that has these factors, if it is a published one.
+
+    Files hold the factors; a Hugging Face config asks for what they were made from.
+    """
+    scaling = RopeScaling("llama3", factor=float(np.float32(max(factors))))
+    candidate = dataclasses.replace(config, rope_scaling=scaling)
+    found = rope_factors(candidate)
+    same = found is not None and np.allclose(found, np.asarray(factors), rtol=1e-4)
+    return scaling if same else None

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.interop import peft_whole
-from qlora_jax.interop.safetensors import read_json
+from qlora_jax.interop.safetensors import SafetensorsFiles, read_json
+from qlora_jax.interop.safetensors import load as load_tensors
 from qlora_jax.interop.weights import ModelFileError, hf_name
 from qlora_jax.lora.initial import with_magnitude
 from qlora_jax.lora.lora import LoraTensor, scale_of, unwrapped
@@ -139,13 +140,41 @@ def save_adapter(
         tensors[key] = np.ascontiguousarray(np.asarray(rows, dtype))
         config["trainable_token_indices"] = list(token_indices)
     folder = pathlib.Path(path) if name == "default" else pathlib.Path(path) / name
+    save(folder, config, tensors)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+) -> None:
+    """Writes the two files of an adapter, each replaced at once.
+
+    Args:
+        folder: made if there is none.
+        config: what adapter_config.json holds.
+        tensors: by the names that PEFT gives them.
+    """
+    import safetensors.numpy
+
+    folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-
-    from safetensors.numpy import save
-
-    _write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    data = safetensors.numpy.save(dict(tensors), metadata={"format": "pt"})
+    _write(folder / WEIGHTS, data)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     _write(folder / CONFIG, text.encode())
+
+
+def load(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the config and the tensors of an adapter, as the files have them.
+
+    Raises:
+        ModelFileError: if files are missing or damaged.
+    """
+    folder = pathlib.Path(folder)
+    return read_json(folder / CONFIG), load_tensors(folder / WEIGHTS)
 
 
 def _token_rows(
@@ -392,8 +421,6 @@ def read_parts(
         The factors, by the place of their module in the model, and what the file holds
         besides.
     """
-    import safetensors
-
     if not path.is_file():
         pickled = path.with_suffix(".bin")
         why = (
@@ -405,25 +432,22 @@ def read_parts(
         raise ModelFileError(f"{path} is missing{why}.")
     parts: dict[tuple[str, Any], Part] = {}
     whole = peft_whole.Whole({}, {})
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            for key in file.keys():
-                match = _KEY.fullmatch(key)
-                if match is None and whole.take(key, file.get_tensor):
-                    continue
-                if match is None:
-                    raise ModelFileError(f"{path}: {key!r} is no tensor of LoRA.")
-                module = match["module"]
-                if module not in modules:
-                    raise ModelFileError(
-                        f"{path}: {key!r} is of a module that the model has not. Its "
-                        f"modules are: {listed(sorted(modules))}."
-                    )
-                part = parts.setdefault(modules[module], Part(module, {}))
-                kind = match["factor"] or "magnitude"
-                part.tensors[kind] = file.get_tensor(key)
-    except safetensors.SafetensorError as error:
-        raise ModelFileError(f"{path} cannot be read ({error}).") from None
+    files = SafetensorsFiles([path])
+    for key in files.tensors:
+        match = _KEY.fullmatch(key)
+        if match is None and whole.take(key, files.read):
+            continue
+        if match is None:
+            raise ModelFileError(f"{path}: {key!r} is no tensor of LoRA.")
+        module = match["module"]
+        if module not in modules:
+            raise ModelFileError(
+                f"{path}: {key!r} is of a module that the model has not. Its "
+                f"modules are: {listed(sorted(modules))}."
+            )
+        part = parts.setdefault(modules[module], Part(module, {}))
+        kind = match["factor"] or "magnitude"
+        part.tensors[kind] = files.read(key)
     if not parts and not whole.tensors and not whole.rows:
         raise ModelFileError(f"{path} holds no tensor.")
     for part in parts.values():

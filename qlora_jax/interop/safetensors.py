@@ -5,7 +5,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,15 @@ _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FLOATING = ("F64", "F32", "F16", "BF16")
 _READ = (*_FLOATING, "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "BOOL")
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4} | {
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64} | {
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I16": 16,
+    "U16": 16,
+    "F4": 4,
 }
 
 
@@ -97,6 +101,99 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     raise ModelFileError(f"{folder} has neither {_SINGLE} nor {_INDEX}.")
 
 
+class SafetensorsFiles:
+    """The tensors of one or several files, read one at a time.
+
+    Attributes:
+        tensors: file and shape of every tensor by its name.
+        metadata: texts that the files carry.
+    """
+
+    def __init__(self, paths: Sequence[pathlib.Path]):
+        self.tensors: dict[str, tuple[pathlib.Path, tuple[int, ...]]] = {}
+        self.metadata: dict[str, str] = {}
+        self._types: dict[str, str] = {}
+        for path in paths:
+            with _opened(path) as file:
+                self.metadata |= file.metadata() or {}
+                for name in file.keys():
+                    view = file.get_slice(name)
+                    self.tensors[name] = path, tuple(view.get_shape())
+                    self._types[name] = view.get_dtype()
+
+    @classmethod
+    def of_folder(cls, folder: str | os.PathLike[str]) -> "SafetensorsFiles":
+        """Returns those of a model's folder: its one file, or the shards of its index.
+
+        Raises:
+            ModelFileError: if there is neither, or a shard is missing or damaged.
+        """
+        return cls(_files(pathlib.Path(folder)))
+
+    def type(self, name: str) -> str:
+        """Returns the type of a tensor, in the format's words: "BF16", "U8"."""
+        return self._types[name]
+
+    def nbytes(self, name: str) -> int:
+        """Returns how many bytes of the files one tensor takes."""
+        numbers = math.prod(self.tensors[name][1])
+        return numbers * _BITS.get(self._types[name], 8) // 8
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor.
+
+        Raises:
+            ModelFileError: if the file is damaged or the type is not read.
+        """
+        path, _ = self.tensors[name]
+        if self._types[name] not in _READ:
+            raise ModelFileError(
+                f"{path}: {name} is of type {self._types[name]}, which is not read; "
+                f"what is read is {', '.join(_READ)}."
+            )
+        with _opened(path) as file:
+            return file.get_tensor(name)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Returns all tensors of a file or of a model's folder.
+
+    Args:
+        path: a `.safetensors` file, or a folder with one or with shards.
+
+    Raises:
+        ModelFileError: if files are missing or damaged, or a type is not read.
+    """
+    path = pathlib.Path(path)
+    is_folder = path.is_dir()
+    files = SafetensorsFiles.of_folder(path) if is_folder else SafetensorsFiles([path])
+    return {name: files.read(name) for name in files.tensors}
+
+
+def save(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors to a file, which appears whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: arrays of numpy or JAX by their names.
+        metadata: texts to go along; None: what PyTorch's readers ask for.
+    """
+    import safetensors.numpy
+
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    try:
+        safetensors.numpy.save_file(arrays, partial, dict(metadata or {"format": "pt"}))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 class SafetensorsSource:
     """A Hugging Face folder; tensors are read one at a time.
 
@@ -108,27 +205,18 @@ class SafetensorsSource:
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = pathlib.Path(folder)
         self.config = config_from_hf(read_json(self.config_path(folder)))
-        self._file_of: dict[str, pathlib.Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._types: dict[str, str] = {}
-        for path in _files(self.folder):
-            with _opened(path) as file:
-                for name in file.keys():
-                    self._file_of[name] = path
-                    view = file.get_slice(name)
-                    self._shapes[name] = tuple(view.get_shape())
-                    self._types[name] = view.get_dtype()
+        self._files = SafetensorsFiles.of_folder(folder)
 
     def __str__(self) -> str:
         return str(self.folder)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Returns the shape of every tensor by its name."""
-        return self._shapes
+        return {name: shape for name, (_, shape) in self._files.tensors.items()}
 
     def nbytes(self, name: str) -> int:
         """Returns how many bytes of the files one tensor takes."""
-        return math.prod(self._shapes[name]) * _BYTES.get(self._types[name], 1)
+        return self._files.nbytes(name)
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor.
@@ -136,22 +224,17 @@ class SafetensorsSource:
         Raises:
             ModelFileError: if it does not hold floating-point numbers.
         """
-        if self._types[name] not in _FLOATING:
+        kind = self._files.type(name)
+        if kind not in _FLOATING:
             raise ModelFileError(
-                f"{self._file_of[name]}: {name} is of type {self._types[name]}; a "
-                f"weight is one of {', '.join(_FLOATING)}."
+                f"{self._files.tensors[name][0]}: {name} is of type {kind}; a weight "
+                f"is one of {', '.join(_FLOATING)}."
             )
-        return self.read_any(name)
+        return self._files.read(name)
 
     def read_any(self, name: str) -> np.ndarray:
         """Returns one tensor, of integers too."""
-        if self._types[name] not in _READ:
-            raise ModelFileError(
-                f"{self._file_of[name]}: {name} is of type {self._types[name]}, which "
-                f"is not read; what is read is {', '.join(_READ)}."
-            )
-        with _opened(self._file_of[name]) as file:
-            return file.get_tensor(name)
+        return self._files.read(name)
 
     @staticmethod
     def config_path(folder: str | os.PathLike[str]) -> pathlib.Path:

@@ -9,7 +9,13 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.interop.bitsandbytes import STORAGE_TYPES
-from qlora_jax.interop.folder import Entry, Form, host_array, write_folder
+from qlora_jax.interop.folder import (
+    Entry,
+    Form,
+    copy_along,
+    host_array,
+    write_folder,
+)
 from qlora_jax.interop.safetensors import read_json
 from qlora_jax.interop.weights import expected_shapes, hf_name
 from qlora_jax.lora import LoraTensor
@@ -80,6 +86,26 @@ def save_model(
     if storage is None:
         storage = _storage(config)
     form = Form(quantize, double_quant, 64, storage, dequantized, dtype)
+    write_folder(
+        folder,
+        model_entries(model, form),
+        form,
+        config,
+        finish=lambda made: None if source is None else copy_along(source, made),
+        shard_bytes=shard_bytes,
+    )
+
+
+def model_entries(model: Llama, form: Form = Form(dequantized=True)) -> list[Entry]:  # noqa: B008, a frozen value
+    """Returns the weights of a model under their names in a checkpoint.
+
+    Args:
+        model: without adapters.
+        form: in which they are to be written; what cannot be is refused here.
+
+    Raises:
+        ValueError: if a weight has an adapter or cannot be written so, named.
+    """
     entries = []
     for name, where, weight in _weights(model):
         if isinstance(weight, LoraTensor):
@@ -89,14 +115,7 @@ def save_model(
             )
         form.check(name, weight)
         entries.append(_entry(name, where, weight, model.config))
-    write_folder(
-        folder,
-        entries,
-        form,
-        config,
-        copied_from=None if source is None else pathlib.Path(source),
-        shard_bytes=shard_bytes,
-    )
+    return entries
 
 
 @dataclasses.dataclass(frozen=True)
