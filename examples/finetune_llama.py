@@ -122,40 +122,47 @@ def main() -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     print(f"Trained: {count:,} parameters in adapters of rank {config.rank}")
 
-    question = held_out_rows[0].question
+    first = held_out_rows[0]
 
-    def answer(model) -> str:
-        prompt = tokenizer.encode_chat(question, answer_next=True)
+    def measure(model) -> dict:
+        prompt = tokenizer.encode_chat(first.question, answer_next=True)
         (new,) = ql.generate(model, [prompt], max_new_tokens=48)
-        return tokenizer.decode(new).strip()
+        sample = {"prompt": first.question[-1]["content"], "wanted": first.answer}
+        sample["answer"] = tokenizer.decode(new).strip()
+        return {"eval_loss": ql.evaluate(model, held_out), "samples": [sample]}
 
     # A run that is taken up again has measured this already.
     before = run.recorded(step=0)
     if before is None:
-        loss = ql.evaluate(model, held_out)
-        before = {"step": 0, "eval_loss": loss, "answer": answer(model)}
+        before = {"step": 0, **measure(model)}
         run.record(**before)
     print(f"Held-out loss before: {before['eval_loss']:.3f}")
 
     # AdamW behind a clip of the gradient's norm; its state is paged to host memory.
     tx = ql.paged(config.optimizer())
-    model = ql.fit(model, batches, config, tx, run=run, callbacks=[ql.ProgressBar()])
+    shown = [ql.ProgressBar()]
+    try:
+        model = ql.fit(
+            model, batches, config, tx, run=run, callbacks=shown, evaluate=measure
+        )
+    except ql.Stopped as stopped:  # by SIGTERM or Ctrl-C; the state is saved
+        print(f"{stopped} To go on: the same command, with --resume.")
+        return
 
-    after = {"eval_loss": ql.evaluate(model, held_out), "answer": answer(model)}
+    after = measure(model)
     ql.save_adapter(model, run.folder / "adapter", base_model=args.model)
     summary = run.finish(
-        eval_loss=after["eval_loss"],
+        **after,
         eval_loss_before=before["eval_loss"],
         eval_loss_after=after["eval_loss"],
-        answer=after["answer"],
         seconds=round(time.perf_counter() - began, 1),
     )
     fell = before["eval_loss"] - after["eval_loss"]
     print(f"Held-out loss after: {after['eval_loss']:.3f} (fell by {fell:.3f})")
-    print(f"\nQuestion: {question[-1]['content']}")
-    print(f"Before:   {before['answer']}")
-    print(f"After:    {after['answer']}")
-    print(f"Wanted:   {held_out_rows[0].answer}\n")
+    print(f"\nQuestion: {first.question[-1]['content']}")
+    print(f"Before:   {before['samples'][0]['answer']}")
+    print(f"After:    {after['samples'][0]['answer']}")
+    print(f"Wanted:   {first.answer}\n")
     print(f"Written: {run.folder}/ (adapter/, report.md, metrics.jsonl)")
     print(f"{summary['seconds']:.0f} s, {summary['peak_rss_gb']:.2f} GB at most")
 

@@ -25,6 +25,7 @@ from qlora_jax.optim import adam8bit as adam8bit
 from qlora_jax.optim import adamw8bit as adamw8bit
 from qlora_jax.optim import lion8bit as lion8bit
 from qlora_jax.optim import paged as paged
+from qlora_jax.optim import skip_nonfinite as skip_nonfinite
 from qlora_jax.optim import with_master as with_master
 from qlora_jax.quant import FORMATS as FORMATS
 from qlora_jax.quant import Format as Format
@@ -34,6 +35,7 @@ from qlora_jax.quant import quantize as quantize
 from qlora_jax.quant import quantize_tree as quantize_tree
 from qlora_jax.quant import quantized_matmul as quantized_matmul
 from qlora_jax.run import Run as Run
+from qlora_jax.train import Stopped as Stopped
 from qlora_jax.train import TrainConfig as TrainConfig
 from qlora_jax.train import evaluate as evaluate
 from qlora_jax.train import fit as fit
