@@ -31,8 +31,7 @@ Register = Any
 # Which bytes of four decoded codes make two registers, from `permute(low, high, ...)`,
 # bytes l h l h from the first number up. A byte holds its first code in the high
 # nibble, so that nibbles 0..3 are codes 1 0 3 2.
-ALONG_BYTES = (0x4051, 0x6273)
-ACROSS_BYTES = (0x7351, 0x6240)
+_PAIRS = (0x4051, 0x6273)
 
 
 class Ops(Protocol):
@@ -94,7 +93,6 @@ def decode_word(
     ops: Ops,
     word: Register,
     table: tuple[list[Register], list[Register]],
-    pairs: tuple[int, int] = ALONG_BYTES,
 ) -> list[Register]:
     """The eight numbers of a word, by permutes.
 
@@ -102,13 +100,9 @@ def decode_word(
         ops: where it runs.
         word: four bytes of two codes, the first in the high nibble.
         table: what `byte_table` returns, in registers.
-        pairs: which two codes share a register. `ALONG_BYTES`: the two of a byte, as
-            they lie in a row; registers are bytes 0 1 2 3. `ACROSS_BYTES`: the first
-            codes of bytes 0 and 1, then their second codes, then the same of bytes 2
-            and 3; for words whose bytes come from different rows.
 
     Returns:
-        Four registers of two numbers each, the first of each pair in the low half.
+        Four registers, of the two numbers of a byte each, the first in the low half.
     """
     low, high = table
     index = ops.and_(word, 0x77777777)
@@ -121,7 +115,7 @@ def decode_word(
             )
             for t in (low, high)
         )
-        out += [ops.permute(l_byte, h_byte, selector) for selector in pairs]
+        out += [ops.permute(l_byte, h_byte, selector) for selector in _PAIRS]
         if len(out) == 2:
             index = ops.shift_right(index, 16)
             half = ops.shift_right(half, 16)

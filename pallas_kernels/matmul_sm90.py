@@ -7,7 +7,8 @@ Both read the codes as they are stored and decode them into registers: no decode
 of a weight exists in device or shared memory. A block of three warpgroups computes 128
 features of `tile_m` rows:
 
-    loader     copies tiles of x (or dy) and of codes by TMA, and makes the scales
+    loader     copies tiles of x (or dy) by TMA, and puts codes and scales into shared
+               memory in the order in which the consumers' lanes want them
     consumers  two warpgroups, each 64 features: wgmma with the decoded weight as its
                first operand, from registers, and x transposed as its second, from
                shared memory, so that what is accumulated is a tile of yᵀ. While the
@@ -15,18 +16,16 @@ features of `tile_m` rows:
                decode the next.
 
 What a lane must hold of the first operand are pairs along the contraction of two rows.
-Which features the rows are is free, and is the same in both passes (`_feature`): it
-makes the two rows of a lane neighbours, so that results need no exchange of lanes.
+Which features the rows are is free: neighbours, so that results need no exchange of
+lanes. A lane loads its 32 weights of a step at once, 16 bytes.
 
-    forward    pairs lie in a byte of codes. A lane loads 32 bytes of each of its two
-               rows and takes every fourth byte.
-    backward   pairs lie in two rows of codes. `ldmatrix.trans` on 16-bit units gives a
-               lane four features of each of two rows; two warps share a unit, each
-               taking a byte of it, whose nibbles are paired with those of the other
-               row.
+    forward    pairs lie in a byte of codes. The loader transposes 4 x 4 bytes, so that
+               a lane's bytes are neighbours.
+    backward   pairs lie in two rows of codes. The loader puts their nibbles together
+               into bytes of pairs, and then does the same.
 
-A byte of two codes becomes a pair of numbers by byte permutes, or by one load from a
-table of all 256, of which every lane has a copy in its own bank of shared memory (see
+A byte of two codes becomes a pair of numbers by one load from a table of all 256, of
+which every lane has a copy in its own bank of shared memory, or by byte permutes (see
 `decode.py`).
 
 Here are the ops and their configuration; `matmul_sm90_body` has the kernel and
@@ -82,8 +81,8 @@ class Config:
         divided: whether tiles that do not fill the last round of multiprocessors are
             divided along the contraction, and added up in float32.
         permuted: words of codes, of a lane's four a step, that are decoded by byte
-            permutes; the others by the table. Permutes take no shared memory, but all
-            by permutes is what bounds the kernel.
+            permutes; the others by the table. Permutes are slow, but leave shared
+            memory, which bounds the kernel too, to the tensor cores.
     """
 
     tile_m: int = 256

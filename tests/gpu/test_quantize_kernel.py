@@ -51,3 +51,14 @@ def test_double_quantization_follows():
     out = jax.jit(lambda w: kernels.quantize(w, spec))(jnp.asarray(w))
     assert out.absmax.dtype == jnp.uint8
     assert out.nested_absmax.shape == packed.nested_absmax.shape
+
+
+def test_a_layer_of_a_stack_is_decoded():
+    packed, spec = make_weight(512, 1024, layers=3)
+    stack = jax.tree.map(jnp.asarray, packed)
+    decode = jax.jit(lambda p: kernels.dequantize(p, spec, jnp.bfloat16))
+    for i in range(3):
+        y = decode(dataclasses.replace(stack, layer=jnp.int32(i)))
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], packed)
+        expected = dequantize_by_rule(one, spec, jnp.bfloat16)
+        assert np.asarray(y).tobytes() == expected.tobytes()
