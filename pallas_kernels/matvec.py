@@ -1,8 +1,7 @@
 """y = x @ W for few rows of x (decoding): one pass over the codes, bound by memory.
 
-At a handful of rows the weight is all there is to read, so the kernel is a stream. Each
-warp has a ring of its own in shared memory, which the TMA unit fills with the codes of
-some rows by 256 columns at a time, and decodes them a *pair* of codes at a time:
+At a handful of rows the weight is all there is to read, so the kernel is a stream of
+codes into shared memory, decoded a *pair* of codes at a time:
 
 * A table of the 256 possible bytes, each as a pair of 16-bit numbers, is laid out once
   a lane, entry `e` of lane `l` at byte `256 e + 4 l`. Every lane stays in its own
@@ -19,9 +18,14 @@ some rows by 256 columns at a time, and decodes them a *pair* of codes at a time
   the only rounding is that of the codebook (and of y) to 16 bits.
 
 The grid fills the GPU once: each block of threads owns a run of 16-row groups, as even
-as possible, and goes through it tile by tile (mostly there is one); in a tile
-`row_warps` x `k_warps` warps split the rows and k. Partial sums meet in shared memory,
-always in the same order: results are deterministic.
+as possible. Two bodies share this:
+
+* `matvec_slices`, up to 16 rows: each warp owns columns, 256 at a time, keeps their x
+  in registers and takes all rows through them.
+* `matvec_body`, for the rest: x lies in shared memory, the TMA unit fills a ring of
+  each warp, and `row_warps` x `k_warps` warps split the rows and k tile by tile.
+
+Partial sums meet in shared memory, always in the same order: results are deterministic.
 """
 
 import functools
@@ -41,7 +45,6 @@ from pallas_kernels.packed import PackedSpec, PackedWeight
 MAX_M = 32
 SLICES_MAX_M = 16
 _SMEM_BYTES = 226 * 1024
-_H200_SMS = 132  # assumed where a kernel is lowered without a GPU
 
 
 def lookup_table(spec: PackedSpec, dtype) -> np.ndarray:
@@ -62,19 +65,15 @@ def lookup_table(spec: PackedSpec, dtype) -> np.ndarray:
     return np.concatenate([pairs, nested.view(np.uint32)])
 
 
-def num_sms() -> int:
-    """Multiprocessors of the default device."""
-    device = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" else _H200_SMS
-
-
 def candidate_tiles(m: int, n: int, k: int) -> list[Tile]:
     """Tiles for a shape, the likely fastest first; not all of them fit.
 
     A tile covers all rows of a block of threads where it can. More rows of x want more
     rows of W in a warp, since these share what is read of x.
     """
-    groups = -(-n // (16 * num_sms()))  # of 16 rows, of a block of threads
+    groups = -(
+        -n // (16 * tuning.multiprocessors())
+    )  # of 16 rows, of a block of threads
     chunks = -(-k // CHUNK)
     found = []
     for phases in (1, 2, 4, 8, 16, 32, 64):
@@ -104,9 +103,9 @@ def candidate_slices(m: int, n: int, k: int) -> list[Slices]:
     faster than deep rings (measured).
     """
     slices = k // CHUNK
-    phases = -(-slices // (20 if m <= 4 else 16))
+    phases = -(-slices // (20 if m <= 8 else 16))
     k_warps = -(-slices // phases)
-    groups = -(-n // (16 * num_sms()))
+    groups = -(-n // (16 * tuning.multiprocessors()))
     batches = range(groups, 0, -1) if m <= 8 else (1,)
     return [Slices(k_warps, phases, 1, batch) for batch in batches]
 
@@ -140,7 +139,7 @@ def make_plan(
         raise NotImplementedError(
             f"nested_block_size={nested} must be a power of two from 4 on."
         )
-    grid = min(num_sms(), -(-n // 16))
+    grid = min(tuning.multiprocessors(), -(-n // 16))
     name = jnp.dtype(dtype).name
     if tile is not None:
         candidates = [tile]
