@@ -106,8 +106,11 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
-        # A copy: the view of a buffer of the CPU would change when the step reuses it.
-        leaves = [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+        leaves = jax.tree.leaves(tree)
+        for leaf in leaves:
+            leaf.copy_to_host_async()
+        # Copies: the view of a buffer of the CPU would change when the step reuses it.
+        leaves = [np.array(leaf) for leaf in leaves]
         self._best = best
         try:
             self._manager.save(
@@ -188,10 +191,12 @@ class Checkpoints:
         # Of the whole tale of tensorstore the user needs the reason.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         reason = "the disk is full" if _is_full(error) else reason or repr(error)
-        last = "there is none yet" if self._last_whole is None else self._last_whole
+        last = "There is no whole one yet"
+        if self._last_whole is not None:
+            last = f"The last whole one is of step {self._last_whole}"
         return CheckpointError(
-            f"A checkpoint could not be written into {self.folder}: {reason}. The last "
-            f"whole one: {last}. When that is mended, the same command goes on from it."
+            f"A checkpoint could not be written into {self.folder}: {reason}. {last}. "
+            "When that is mended, the same command goes on from there."
         )
 
     @property

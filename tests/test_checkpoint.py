@@ -109,7 +109,7 @@ def test_a_full_disk_is_said_and_the_last_one_stays(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, unlimited))
     try:
         with pytest.raises(
-            CheckpointError, match=r"disk is full. The last whole one: 1"
+            CheckpointError, match=r"disk is full. The last whole one is of step 1\."
         ):
             noise = np.random.default_rng(0).normal(size=2**18).astype(np.float32)
             checkpoints.save(2, {"a": jnp.array(noise)}, {})

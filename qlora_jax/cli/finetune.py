@@ -199,11 +199,14 @@ def main(argv: Sequence[str]) -> int:
 
 def finetune(args: Finetune) -> None:
     """Finetunes, and writes what came of it into the folder of the run."""
+    import absl.logging
     import jax
 
     import qlora_jax as ql
     from qlora_jax import data
 
+    # What fails in orbax's threads is raised here too, and said once.
+    absl.logging.set_verbosity(absl.logging.FATAL)
     began = time.perf_counter()
     # Whatever is wrong with the call is said before anything takes long.
     free = may_change(args.schedule) | _SHOWN
@@ -281,8 +284,20 @@ def finetune(args: Finetune) -> None:
         evaluate=evaluate if config.eval_every else None,
     )
     after = _last_evaluation(run, config) or evaluate(model)
-    ql.save_adapter(model, run.folder / "adapter", base_model=args.model)
+    _save_adapter(model, run.folder / "adapter", args.model)
     _finish(run, before, after, time.perf_counter() - began, config)
+
+
+def _save_adapter(model: Any, folder: pathlib.Path, base_model: str) -> None:
+    import qlora_jax as ql
+
+    try:
+        ql.save_adapter(model, folder, base_model=base_model)
+    except OSError as error:
+        raise OSError(
+            f"The adapter could not be written into {folder}: "
+            f"{error.strerror or error}. When that is mended, the same command goes on."
+        ) from None
 
 
 def _changes_base(args: Finetune) -> bool:
@@ -360,10 +375,8 @@ class SaveBest(Callback):
         self, step: int, numbers: Mapping[str, Any], model: Any, best: bool
     ) -> None:
         """Writes, if it is the best."""
-        import qlora_jax as ql
-
         if best:
-            ql.save_adapter(model, self.folder, base_model=self.base_model)
+            _save_adapter(model, self.folder, self.base_model)
 
 
 class Evaluation:
