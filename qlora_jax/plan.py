@@ -1,0 +1,199 @@
+"""What a training step will take, counted before anything is loaded."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from qlora_jax.models import LlamaConfig
+from qlora_jax.quant import FORMATS
+from qlora_jax.train import TrainConfig
+
+_BLOCK, _NESTED_BLOCK = 64, 256
+# As `optim.paged` cuts it by default.
+_PAGE = 2**26
+# As `models.llama` cuts a recomputed MLP.
+_MLP_ROWS = 4096
+# Bytes of optimizer state a trained number, by `TrainConfig.algorithm`.
+_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.03, "lion8bit": 1.02}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What a step takes, item by item, in bytes.
+
+    Attributes:
+        device: what is on the device at the moment when most is.
+        host: what is in the host's memory for the whole run.
+    """
+
+    device: dict[str, int]
+    host: dict[str, int]
+
+    @property
+    def device_gb(self) -> float:
+        """Bytes on the device, in 1e9."""
+        return sum(self.device.values()) / 1e9
+
+    @property
+    def host_gb(self) -> float:
+        """Bytes on the host, in 1e9."""
+        return sum(self.host.values()) / 1e9
+
+    def __str__(self) -> str:
+        lines = []
+        for place, items in (("device", self.device), ("host", self.host)):
+            lines += [
+                f"{name:<34} {size / 1e9:8.2f} GB" for name, size in items.items()
+            ]
+            lines.append(f"{'on the ' + place:<34} {sum(items.values()) / 1e9:8.2f} GB")
+        return "\n".join(lines)
+
+
+def plan_memory(
+    config: LlamaConfig,
+    train: TrainConfig | None = None,
+    *,
+    quantize: str | None = "nf4",
+    double_quant: bool = True,
+    dtype: str = "bfloat16",
+    paged: bool = True,
+    lean: bool = False,
+) -> MemoryPlan:
+    """Returns what finetuning a model will take of the device and of the host.
+
+    Counted, not tried: weights and optimizer state exactly, activations by what the
+    policy of rematerialisation keeps of a layer, and what the backward of one layer, or
+    a chunk of the loss, has in memory at a time. Against what XLA's own buffer
+    assignment reports for an H200 it is within 3 % (tests/test_plan.py); an allocator
+    adds its gaps, a few percent.
+
+    Args:
+        config: the model's shape.
+        train: rank, rows of a batch, tokens of a row, what is recomputed.
+        quantize: the format of the frozen linear weights; None for `dtype`.
+        double_quant: whether their scales are quantized too.
+        dtype: of embeddings, norms and activations.
+        paged: optimizer state on the host, as by `paged`; else on the device.
+        lean: adapters and gradients in `dtype` and float32 masters in the state, as by
+            `with_master`; else float32 adapters and gradients.
+
+    Raises:
+        ValueError: if there is no such format.
+    """
+    train = TrainConfig() if train is None else train
+    width = _itemsize(dtype)
+    linear = config.linear_shapes()
+    numbers = config.num_layers * sum(k * n for k, n in linear.values())
+    trained = _adapter_numbers(config, train.rank)
+    tied = 1 if config.tie_embeddings else 2
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    embeddings = tied * config.vocab_size * config.hidden_size
+
+    adapter_bytes = width if lean else 4
+    state = trained * (_STATE_BYTES[train.algorithm] + (4 if lean else 0))
+    kept, on_host = _kept_activations(config, train, width)
+    working = max(_layer_bytes(config, train, width), _loss_bytes(config, train, width))
+    during_layers = kept + working
+    device = {
+        f"frozen weights, {quantize or dtype}": _frozen(numbers, quantize, double_quant)
+        if quantize
+        else numbers * width,
+        f"embeddings and norms, {dtype}": (embeddings + norms) * width,
+        "adapters": trained * adapter_bytes,
+        "gradients": trained * adapter_bytes,
+    }
+    host = {}
+    if train.accumulate > 1:
+        device["gradients of a part"] = trained * adapter_bytes
+    if paged:
+        host["optimizer state"] = int(state)
+        # Pages come when the activations are gone.
+        page = _page_bytes(config, train, lean)
+        device["activations, or pages of state"] = max(during_layers, page)
+    else:
+        device["optimizer state"] = int(state)
+        device["activations"] = during_layers
+    if on_host:
+        host["layer inputs"] = on_host
+    return MemoryPlan({k: int(v) for k, v in device.items()}, host)
+
+
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def _frozen(numbers: int, quantize: str, double_quant: bool) -> int:
+    if quantize not in FORMATS:
+        raise ValueError(
+            f"{quantize=} is no format; there are {', '.join(sorted(FORMATS))}."
+        )
+    blocks = numbers / _BLOCK
+    scales = blocks * (1 + 4 / _NESTED_BLOCK) if double_quant else blocks * 4
+    return int(numbers * FORMATS[quantize].bits / 8 + scales)
+
+
+def _adapter_numbers(config: LlamaConfig, rank: int) -> int:
+    sizes = sum(k + n for k, n in config.linear_shapes().values())
+    return config.num_layers * rank * sizes
+
+
+def _tokens(train: TrainConfig) -> int:
+    return train.batch_size // train.accumulate * train.seq_len
+
+
+def _kept_activations(
+    config: LlamaConfig, train: TrainConfig, width: int
+) -> tuple[int, int]:
+    """Bytes that all layers together keep for the backward: on the device, on the host.
+
+    The names are those of `models.remat`.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_heads * config.head_dim
+    qkv = heads + 2 * config.num_kv_heads * config.head_dim
+    attention = heads * width + config.num_heads * 4  # and a sum for each query
+    low_rank = len(config.linear_shapes()) * train.rank
+    tokens, layers = _tokens(train), config.num_layers
+    match train.remat:
+        case "none":
+            numbers = 2 * hidden + qkv + 2 * inner + low_rank
+            return layers * tokens * (numbers * width + attention), 0
+        case "attention":
+            return layers * tokens * (hidden * width + attention), 0
+        case "full":
+            return layers * tokens * hidden * width, 0
+        case "offload":
+            return 0, layers * tokens * hidden * width
+    raise ValueError(f"{train.remat=} is unknown.")
+
+
+def _layer_bytes(config: LlamaConfig, train: TrainConfig, width: int) -> int:
+    """Bytes of the backward of one layer."""
+    tokens = _tokens(train)
+    chunked = train.remat != "none" and tokens % _MLP_ROWS == 0 and not train.dropout
+    rows = min(tokens, _MLP_ROWS) if chunked else tokens
+    # gate, up, the gradient of their product, and those of both; of the hidden size:
+    # the input, q, k, v, what attention gives, two normed, and a gradient.
+    wide = 2 if train.remat == "none" else 5
+    thin = 4 if train.remat == "none" else 8
+    adapters = _adapter_numbers(config, train.rank) // config.num_layers
+    return (
+        rows * wide * config.intermediate_size * width
+        + tokens * thin * config.hidden_size * width
+        + adapters * 6  # rounded copies, and gradients on their way
+    )
+
+
+def _loss_bytes(config: LlamaConfig, train: TrainConfig, width: int) -> int:
+    """Bytes of a chunk of the loss: float32 logits and the gradient of them."""
+    rows = min(train.chunk_size, _tokens(train))
+    return rows * config.vocab_size * (4 + width)
+
+
+def _page_bytes(config: LlamaConfig, train: TrainConfig, lean: bool) -> int:
+    """Bytes of state on the device at a time: leaves are paged whole."""
+    each = _STATE_BYTES[train.algorithm] + (4 if lean else 0)
+    sides = (side for shape in config.linear_shapes().values() for side in shape)
+    largest = config.num_layers * train.rank * max(sides)
+    return math.ceil(max(_PAGE, largest * each))

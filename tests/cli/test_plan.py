@@ -1,0 +1,22 @@
+import json
+
+from qlora_jax.cli.main import main
+from tests.interop.folders import LLAMA
+
+
+def test_a_plan_needs_the_config_alone(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    command = ["plan", "--model", str(tmp_path), "--rank", "4"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert "frozen weights, nf4" in first and "on the host" in first
+    assert main([*command, "--no-paged", "--quantize", "int8"]) == 0
+    second = capsys.readouterr().out
+    assert "frozen weights, int8" in second and "optimizer state" in second
+
+
+def test_a_model_that_is_not_there(tmp_path, capsys):
+    assert main(["plan", "--model", str(tmp_path / "absent")]) == 2
+    assert "There is no model at" in capsys.readouterr().err
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    assert "config.json cannot be read" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+import dataclasses
+
+import pytest
+
+from benchmarks.models import SHAPES
+from qlora_jax.models import LlamaConfig
+from qlora_jax.plan import plan_memory
+from qlora_jax.train import TrainConfig
+
+SHORT = TrainConfig(
+    rank=64, dropout=0.0, batch_size=1, seq_len=512, remat="full", chunk_size=128
+)
+LONG = dataclasses.replace(SHORT, batch_size=4, seq_len=2048, chunk_size=512)
+
+# GB that XLA's buffer assignment for an H200 gives the step of benchmarks/finetune.py:
+# arguments and temporaries (JAX 0.11.2, compiled without the device).
+COMPILED = [
+    ("LLaMA-7B", SHORT, {}, 5.404),
+    ("LLaMA-7B", SHORT, {"lean": True}, 4.776),
+    ("Llama-3-8B", SHORT, {}, 7.324),
+    ("Llama-3-8B", SHORT, {"lean": True}, 6.726),
+    ("LLaMA-13B", SHORT, {}, 9.572),
+    ("Llama-3-8B", LONG, {"paged": False}, 11.773),
+    ("Llama-3-8B", dataclasses.replace(LONG, remat="offload"), {"paged": False}, 9.693),
+    ("Llama-3-8B", dataclasses.replace(LONG, remat="offload"), {}, 8.352),
+    ("Llama-3-8B", dataclasses.replace(LONG, remat="none"), {"paged": False}, 33.957),
+]
+
+
+@pytest.mark.parametrize("name, train, options, compiled", COMPILED)
+def test_the_plan_is_what_the_compiler_takes(name, train, options, compiled):
+    plan = plan_memory(SHAPES[name], train, **options)
+    assert plan.device_gb == pytest.approx(compiled, rel=0.03)
+
+
+def test_nf4_with_double_quantization_costs_4_127_bits():
+    plan = plan_memory(SHAPES["LLaMA-7B"], SHORT)
+    numbers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    bits = 8 * plan.device["frozen weights, nf4"] / numbers
+    assert bits == pytest.approx(4.127, abs=5e-4)
+
+
+def test_what_goes_to_the_host_leaves_the_device():
+    config = SHAPES["Llama-3-8B"]
+    trained = 32 * 64 * sum(k + n for k, n in config.linear_shapes().values())
+    paged = plan_memory(config, SHORT)
+    assert paged.host == {"optimizer state": 8 * trained}
+    assert "optimizer state" not in paged.device
+    kept = plan_memory(config, SHORT, paged=False)
+    assert kept.device["optimizer state"] == 8 * trained and kept.host == {}
+    offloaded = plan_memory(config, dataclasses.replace(LONG, remat="offload"))
+    assert offloaded.host["layer inputs"] == 32 * 4 * 2048 * 4096 * 2
+
+
+def test_accumulation_takes_a_second_gradient_and_fewer_activations():
+    whole = dataclasses.replace(LONG, remat="none")
+    parts = dataclasses.replace(whole, accumulate=4)
+    config = SHAPES["Llama-3-8B"]
+    a, b = (plan_memory(config, t, paged=False).device for t in (whole, parts))
+    assert b["gradients of a part"] == b["gradients"]
+    assert b["activations"] < 0.3 * a["activations"]
+
+
+def test_without_quantization_a_number_takes_two_bytes():
+    config = LlamaConfig(64, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2)
+    plan = plan_memory(config, SHORT, quantize=None)
+    numbers = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert plan.device["frozen weights, bfloat16"] == 2 * numbers
+
+
+def test_it_prints_a_table():
+    text = str(plan_memory(SHAPES["Llama-3-8B"], SHORT))
+    assert "frozen weights, nf4                    3.60 GB" in text
+    assert "on the device                          7.32 GB" in text
+    assert "on the host                            1.34 GB" in text
+
+
+def test_an_unknown_format_is_named():
+    with pytest.raises(ValueError, match="quantize='nf5' is no format; there are"):
+        plan_memory(SHAPES["LLaMA-7B"], SHORT, quantize="nf5")
