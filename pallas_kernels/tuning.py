@@ -39,7 +39,7 @@ def multiprocessors() -> int:
 # What follows was measured on an H200; docs/kernels.md has the measurements.
 
 # Rows of x up to which the kernel for few rows is the fastest.
-_FEW_ROWS = 16
+_FEW_ROWS = 32
 # Features of a tile of the Hopper kernel, and numbers of the contraction of a step.
 TILE_FEATURES, STEP = 128, 64
 # Microseconds of a step, by rows of a tile.
