@@ -81,5 +81,5 @@ def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(ModelFileError, match=r"tokenizer\.json is no tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ModelFileError, match=r"tokenizer\.json is missing"):
+    with pytest.raises(ModelFileError, match=r"has neither tokenizer\.json nor"):
         load_tokenizer(tmp_path)
