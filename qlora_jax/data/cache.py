@@ -1,6 +1,7 @@
 """Tokenized sources on disk: written once, mapped into memory ever after."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,6 +25,8 @@ _VERSION = 1
 # Conversations that are tokenized at a time.
 _CHUNK = 2048
 _ABANDONED_S = 24 * 3600
+# Times that an entry may vanish under us before we say so.
+_ATTEMPTS = 5
 _ARRAYS = {
     "tokens": np.int32,
     "loss_mask": np.bool_,
@@ -98,29 +101,30 @@ class TokenCache:
         )  # fmt: skip
         key = hashlib.sha256(repr(asked).encode()).hexdigest()[:32]
         entry = self.folder / key
-        meta = _checked_meta(entry)
-        if meta is None or meta["bad_rows"] > skip_bad_rows:
-            bad = BadRows(skip_bad_rows)
+        for _ in range(_ATTEMPTS):
+            meta = _checked_meta(entry)
+            if meta is None or meta["bad_rows"] > skip_bad_rows:
+                bad = BadRows(skip_bad_rows)
+                try:
+                    self._write(entry, source, encoder, bad, sha256)
+                except OSError as error:
+                    raise DataError(
+                        f"The cache {self.folder} cannot be written ({error}); name "
+                        "another folder with cache_dir=."
+                    ) from None
+                continue
             try:
-                meta = self._write(entry, source, encoder, bad, sha256)
-            except OSError as error:
-                raise DataError(
-                    f"The cache {self.folder} cannot be written ({error}); name "
-                    "another folder with cache_dir=."
-                ) from None
-        os.utime(entry)  # used just now
-        self._bound(keep=entry)
-        arrays = {
-            name: np.memmap(entry / f"{name}.bin", dtype, "r")
-            if meta["sizes"][name]
-            else np.zeros(0, dtype)
-            for name, dtype in _ARRAYS.items()
-        }
-        small = {name: np.array(arrays[name]) for name in list(_ARRAYS)[2:]}
-        documents = Documents(**{**arrays, **small}, name=key)  # pyright: ignore
-        told = ("rows", "bad_rows", "first_bad_row", "empty_answers")
-        counts = {name: meta[name] for name in told}
-        return Encoded(documents, sha256, **counts)
+                os.utime(entry)  # used just now
+                documents = _mapped(entry, meta)
+            except FileNotFoundError:  # another process removed it meanwhile
+                continue
+            self._bound(keep=entry)
+            told = ("rows", "bad_rows", "first_bad_row", "empty_answers")
+            return Encoded(documents, sha256, **{name: meta[name] for name in told})
+        raise DataError(
+            f"The cache {self.folder} does not keep what is written into it: do other "
+            "processes remove it? Name another folder with cache_dir=."
+        )
 
     def _write(
         self,
@@ -129,7 +133,7 @@ class TokenCache:
         encoder: Encoder,
         bad: BadRows,
         sha256: str,
-    ) -> Mapping[str, Any]:
+    ) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(tempfile.mkdtemp(dir=self.folder, prefix="partial-"))
         try:
@@ -146,18 +150,15 @@ class TokenCache:
                 "sizes": {n: (partial / f"{n}.bin").stat().st_size for n in _ARRAYS},
             }
             (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            there = _checked_meta(entry)
-            if there is not None and there["bad_rows"] <= bad.limit:
-                return there  # another process was quicker
-            shutil.rmtree(entry, ignore_errors=True)  # damaged
-            try:
-                os.rename(partial, entry)
-            except OSError:
-                there = _checked_meta(entry)
-                if there is None:
-                    raise
-                return there
-            return meta
+            if _checked_meta(entry) is not None:
+                return  # another process was quicker
+            # What is damaged goes aside, at once and whole, and then away.
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(entry.rename(partial.with_name(f"{partial.name}-old")))
+            partial.rename(entry)
+        except OSError:
+            if _checked_meta(entry) is None:
+                raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -165,8 +166,9 @@ class TokenCache:
         """Removes entries until the rest fits; the one in use stays."""
         entries = []
         for partial in self.folder.glob("partial-*"):  # of processes that were killed
-            if time.time() - partial.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process is done with it
+                if time.time() - partial.stat().st_mtime > _ABANDONED_S:
+                    shutil.rmtree(partial, ignore_errors=True)
         for meta in self.folder.glob("*/meta.json"):
             try:
                 files = list(meta.parent.iterdir())
@@ -261,6 +263,17 @@ class _Writer:
             array = shifted.get(name, getattr(documents, name))
             file.write(np.ascontiguousarray(array, _ARRAYS[name]).tobytes())
         self._total += len(documents.tokens)
+
+
+def _mapped(entry: pathlib.Path, meta: Mapping[str, Any]) -> Documents:
+    arrays = {
+        name: np.memmap(entry / f"{name}.bin", dtype, "r")
+        if meta["sizes"][name]
+        else np.zeros(0, dtype)
+        for name, dtype in _ARRAYS.items()
+    }
+    small = {name: np.array(arrays[name]) for name in list(_ARRAYS)[2:]}
+    return Documents(**{**arrays, **small}, name=entry.name)  # pyright: ignore
 
 
 def _checked_meta(entry: pathlib.Path) -> Mapping[str, Any] | None:
