@@ -73,9 +73,10 @@ def _tell_of_main_thread(kind: Any, error: Any, trace: Any) -> None:
     """Tells of what nobody caught, but not of the threads that write checkpoints.
 
     A write that fails is raised where it is waited for; the pieces of it that are still
-    under way then fail too, each with a traceback of its own.
+    under way then fail too, each with a traceback of its own, wherever it is noticed.
     """
-    if threading.current_thread() is threading.main_thread():
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and str(error) != "Event loop is closed":
         sys.__excepthook__(kind, error, trace)
 
 

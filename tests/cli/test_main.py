@@ -1,4 +1,5 @@
 import errno
+import threading
 
 import pytest
 
@@ -59,3 +60,14 @@ def test_what_is_broken_here_is_not_hidden(monkeypatch):
     monkeypatch.setattr(module.importlib, "import_module", broken)
     with pytest.raises(ModuleNotFoundError):
         main(["finetune"])
+
+
+def test_threads_that_write_say_nothing_of_their_own(capsys):
+    error = RuntimeError("cannot schedule")
+    arguments = (type(error), error, None)
+    thread = threading.Thread(target=module._tell_of_main_thread, args=arguments)
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == ""
+    module._tell_of_main_thread(*arguments)
+    assert "RuntimeError: cannot schedule" in capsys.readouterr().err
