@@ -5,6 +5,7 @@ from qlora_jax import lora as lora
 from qlora_jax.callbacks import Callback as Callback
 from qlora_jax.callbacks import ProgressBar as ProgressBar
 from qlora_jax.generate import generate as generate
+from qlora_jax.generate import stream as stream
 from qlora_jax.interop.hub import find_model as find_model
 from qlora_jax.interop.hub import load_model as load_model
 from qlora_jax.interop.peft import load_adapter as load_adapter

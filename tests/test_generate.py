@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.generate import generate, sample
+from qlora_jax.generate import generate, sample, stream
 from qlora_jax.interop.hub import load_model
 from qlora_jax.models import Llama, LlamaConfig
 
@@ -42,6 +42,21 @@ def test_a_row_ends_before_its_end_token(model):
     end = free[4]
     (ended,) = generate(model, [[1, 2, 3]], max_new_tokens=8, eos_ids=[end])
     assert ended == free[: free.index(end)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_gives_the_same_tokens_one_by_one(model, temperature):
+    options = {"temperature": temperature, "key": jax.random.key(5)}
+    for prompt in PROMPTS:
+        (expected,) = generate(model, [prompt], max_new_tokens=8, **options)
+        given = stream(model, prompt, max_new_tokens=8, **options)
+        assert next(given) == expected[0]
+        assert [expected[0], *given] == expected
+    ends = [expected[4]]
+    ended = list(stream(model, prompt, max_new_tokens=8, eos_ids=ends, **options))
+    assert ended == expected[: expected.index(ends[0])]
+    with pytest.raises(ValueError, match="at least one token"):
+        next(stream(model, []))
 
 
 def test_drawing_is_by_key(model):

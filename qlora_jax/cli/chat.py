@@ -51,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
                 continue
         turns.append({"role": "user", "content": line})
         ids = tokenizer.encode_chat(turns, answer_next=True)
-        (answer,) = args.answers(model, tokenizer, [ids], count)
-        print(answer, flush=True)
+        answer = ""
+        for piece in args.pieces(model, tokenizer, ids, count):
+            print(piece, end="", flush=True)
+            answer += piece
+        print(flush=True)
         turns.append({"role": "assistant", "content": answer})
         count += 1

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qlora_jax.cli.model import ModelOptions
@@ -35,21 +35,38 @@ class Sampling:
         turn: int = 0,
     ) -> list[str]:
         """Returns the text after each prompt; `turn` makes another draw."""
-        import jax
-
         import qlora_jax as ql
 
-        key = jax.random.fold_in(jax.random.key(self.seed), turn)
-        new = ql.generate(
-            model,
-            prompts,
-            max_new_tokens=self.max_new_tokens,
-            eos_ids=sorted({*model.config.eos_token_id, tokenizer.eos_id}),
-            temperature=self.temperature,
-            top_p=self.top_p,
-            key=key,
-        )
+        new = ql.generate(model, prompts, **self._options(model, tokenizer, turn))
         return [tokenizer.decode(ids).strip("\n") for ids in new]
+
+    def pieces(
+        self, model: Any, tokenizer: Any, prompt: Sequence[int], turn: int = 0
+    ) -> Iterator[str]:
+        """Yields the text after a prompt as it comes."""
+        import qlora_jax as ql
+
+        ids, said, text = [], "", ""
+        options = self._options(model, tokenizer, turn)
+        for token in ql.stream(model, prompt, **options):
+            ids.append(token)
+            text = tokenizer.decode(ids)
+            # The bytes of a character may come in several tokens.
+            if not text.endswith("\ufffd"):
+                yield text[len(said) :]
+                said = text
+        yield text[len(said) :]
+
+    def _options(self, model: Any, tokenizer: Any, turn: int) -> dict[str, Any]:
+        import jax
+
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "eos_ids": sorted({*model.config.eos_token_id, tokenizer.eos_id}),
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "key": jax.random.fold_in(jax.random.key(self.seed), turn),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
