@@ -118,6 +118,7 @@ class Tokenizer:
         answer_next: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
         date: datetime.date | None = None,
+        **variables: Any,
     ) -> str:
         """Returns a conversation as the text the model was trained on.
 
@@ -126,12 +127,11 @@ class Tokenizer:
             answer_next: end where the assistant's answer begins.
             tools: descriptions of functions that may be called, as OpenAI has them.
             date: what a template that tells the day takes for today; None: today.
+            variables: what else the template knows, as `enable_thinking=False`.
 
         Raises:
             ValueError: if the template refuses the messages.
         """
-        import jinja2
-
         try:
             return _compiled(self.template_source).render(
                 messages=[dict(message) for message in messages],
@@ -140,9 +140,9 @@ class Tokenizer:
                 bos_token=self.bos_token,
                 eos_token=self.eos_token,
                 strftime_now=(date or datetime.datetime.now()).strftime,
+                **variables,
             )
-        # A template may also add None to a text, or the like.
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # whatever a program of others runs into
             roles = [message.get("role") for message in messages]
             raise ValueError(f"The chat template refuses {roles=}: {error}") from None
 
@@ -153,22 +153,16 @@ class Tokenizer:
 
         The template's control tokens count; the same letters inside a message do not.
         """
+        marks: list[str] = []
         control = self.control_tokens
-        contents = [str(message["content"]) for message in messages]
-        if not any(token in content for content in contents for token in control):
-            text = self.render(messages, answer_next=answer_next)
-            return self.encode(text, special=True)
-        # Text that looks like control: tokenize it apart from the template around it.
-        marked = [
-            {**message, "content": _PLACEHOLDER.format(i)}
-            for i, message in enumerate(messages)
-        ]
+        marked = [_marked(message, control, marks) for message in messages]
+        # Text that looks like control is tokenized apart from the template around it.
         pieces = _PLACEHOLDERS.split(self.render(marked, answer_next=answer_next))
         ids: list[int] = []
         for i, piece in enumerate(pieces):  # template, number, template, ...
             if i % 2:
-                ids += self.encode(contents[int(piece)])
-            else:
+                ids += self.encode(marks[int(piece)])
+            elif piece:
                 ids += self.encode(piece, special=True)
         return ids
 
@@ -177,6 +171,35 @@ class Tokenizer:
         """Tokens that no text of a user may become."""
         added = self.backend.get_added_tokens_decoder().values()
         return [token.content for token in added if token.special]
+
+
+def _marked(value: Any, control: Sequence[str], marks: list[str], key: str = "") -> Any:
+    """A message with placeholders for texts that look like control tokens.
+
+    Of `content` the whole text, elsewhere (arguments of calls, say) the tokens alone,
+    so that what a template does with the rest of it is done.
+    """
+    if isinstance(value, Mapping):
+        return {k: _marked(v, control, marks, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(item, control, marks) for item in value]
+    if not isinstance(value, str) or key == "role":
+        return value
+
+    def mark(text: str) -> str:
+        marks.append(text)
+        return _PLACEHOLDER.format(len(marks) - 1)
+
+    # Nobody else's placeholder counts as one.
+    if _PLACEHOLDERS.search(value):
+        return mark(value)
+    if not any(token in value for token in control):
+        return value
+    if key == "content":
+        return mark(value)
+    tokens = sorted(control, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, tokens))
+    return re.sub(pattern, lambda match: mark(match[0]), value)
 
 
 @functools.lru_cache(maxsize=16)
