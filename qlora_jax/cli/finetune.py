@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from qlora_jax.callbacks import Callback, ProgressBar
-from qlora_jax.cli.model import Precision, dtype_of
+from qlora_jax.cli.model import Precision, dtype_of, fingerprint
 from qlora_jax.cli.parsing import (
     command_line,
     parse,
@@ -235,7 +235,7 @@ def finetune(args: Finetune) -> None:
         skip_bad_rows=args.skip_bad_rows,
     )
     print(prepared.statistics)
-    run.check_data(prepared.manifest)
+    run.check_data({"model": fingerprint(path), **prepared.manifest})
     config = args.training(len(prepared.train))
     finished = run.finished
     if finished and _is_all(finished, config):

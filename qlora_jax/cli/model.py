@@ -1,6 +1,8 @@
 """The model that a subcommand works with."""
 
 import dataclasses
+import hashlib
+import pathlib
 from typing import Any, Literal
 
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -59,6 +61,28 @@ def load_tokenizer(model: str, revision: str | None, chat_template: str | None) 
         return tokenizer
     source = template_source(chat_template)
     return dataclasses.replace(tokenizer, chat_template=source)
+
+
+def fingerprint(path: pathlib.Path) -> dict[str, str]:
+    """Returns a hash of each file of a model: of its size, first and last MiB.
+
+    The whole of a large model would take minutes to read.
+    """
+    files = [path]
+    if path.is_dir():
+        kinds = (".safetensors", ".json", ".gguf", ".jinja", ".model")
+        files = sorted(p for p in path.iterdir() if p.suffix in kinds)
+    return {file.name: _hash_of_ends(file) for file in files}
+
+
+def _hash_of_ends(file: pathlib.Path) -> str:
+    size, end = file.stat().st_size, 2**20
+    digest = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as stream:
+        digest.update(stream.read(end))
+        stream.seek(max(size - end, 0))
+        digest.update(stream.read())
+    return digest.hexdigest()
 
 
 def dtype_of(precision: Precision) -> Any:

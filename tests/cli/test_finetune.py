@@ -167,6 +167,19 @@ def test_other_rows_in_the_same_file_are_refused(place, capsys, tmp_path):
     assert "holds a run that began with other data: " in said and "sha256" in said
 
 
+def test_another_model_in_the_same_place_is_refused(place, finished, capsys):
+    weights = place / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    command = ["finetune", str(place / "config.yaml"), "--out", str(finished)]
+    try:
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert main([*command, "--steps", "9"]) == 2
+    finally:
+        weights.write_bytes(before)
+    said = capsys.readouterr().err
+    assert "other data: model.model.safetensors is " in said
+
+
 def test_flags_change_a_file_which_changes_a_preset(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(
