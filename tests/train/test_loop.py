@@ -25,6 +25,8 @@ from tests.train.tiny import (
     batches,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 class Losses(Callback):
     def __init__(self):

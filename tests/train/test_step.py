@@ -11,6 +11,7 @@ from qlora_jax.train import (
     committed,
     make_train_step,
     next_token_loss_sum,
+    step_options,
 )
 from tests.train.tiny import adapted, batch
 
@@ -79,6 +80,13 @@ def test_a_loss_that_is_no_number_makes_no_step(model):
     assert state.skipped == 2
     for a, b in zip(jax.tree.leaves(trainable), before, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_options_of_the_compiler_are_for_many_tokens_on_a_gpu(monkeypatch):
+    assert step_options(8192) == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert step_options(8192) == {"xla_gpu_enable_triton_gemm": False}
+    assert step_options(512) == {}
 
 
 def test_codes_stay_codes(model):

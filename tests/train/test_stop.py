@@ -15,6 +15,8 @@ from tests.train.tiny import SMALL, adapted, batches
 
 CONFIG = dataclasses.replace(SMALL, save_every=100, eval_every=4)
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 class SignalAt(Callback):
     def __init__(self, step, number):

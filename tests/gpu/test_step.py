@@ -1,0 +1,79 @@
+"""The whole training step where it is meant to run: kernels, cuDNN, paging."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import qlora_jax as ql
+from benchmarks.models import SHAPES, random_model
+from qlora_jax.models import LlamaConfig
+from qlora_jax.train import committed, next_token_loss_sum, step_options
+from tests.tolerances import STEP_COSINE
+from tests.train.exact import cosines, gradient, models
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_layers=2,
+    num_heads=16,
+    num_kv_heads=4,
+)
+
+
+def batch(rows, seq, packed=False):
+    tokens = jax.random.randint(jax.random.key(3), (rows, seq), 0, 4096)
+    if not packed:
+        return {"tokens": tokens}
+    ids = jnp.arange(seq) // (seq // 3) + 1
+    return {"tokens": tokens, "segment_ids": jnp.broadcast_to(ids, (rows, seq))}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows, seq", [(1, 512), (4, 2048)])
+def test_gradients_are_those_of_the_float32_model(rows, seq, packed):
+    trainable, frozen, exact = models(CONFIG, rank=16)
+    data = batch(rows, seq, packed)
+    with jax.default_matmul_precision("highest"):
+        exact_loss, expected = gradient(trainable, exact, data)
+    for remat in ("none", "full"):
+        loss, found = gradient(trainable, frozen, data, remat=remat)
+        assert abs(loss - exact_loss) < 0.01 * exact_loss
+        for path, cosine in cosines(found, expected).items():
+            assert cosine >= STEP_COSINE, (remat, path)
+
+
+def trained(remat, tx, steps=6):
+    """Losses of a repeated batch."""
+    config = dataclasses.replace(SHAPES["Llama-3-8B"], num_layers=2, vocab_size=4096)
+    model = ql.add_lora(random_model(config), rank=16, alpha=16, key=jax.random.key(0))
+    trainable, frozen = committed(ql.split_trainable(model))
+    state = committed(tx.init(trainable))
+
+    def loss_sum(model, batch):
+        return next_token_loss_sum(model, batch, remat=remat)
+
+    options = step_options(2048)
+    step = ql.make_train_step(tx, loss_sum=loss_sum, compiler_options=options)
+    losses = []
+    for _ in range(steps):
+        trainable, state, metrics = step(trainable, state, frozen, batch(4, 512))
+        losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1
+    return losses
+
+
+def test_every_policy_learns_alike():
+    tx = optax.adamw(1e-3)
+    curves = {r: trained(r, tx) for r in ("none", "full", "attention", "offload")}
+    curves["paged"] = trained("full", ql.paged(tx, min_size=1))
+    first = np.array(curves["none"])
+    assert np.isfinite(first).all() and first[-1] < first[0] - 0.01
+    for name, losses in curves.items():
+        np.testing.assert_allclose(losses, first, rtol=5e-3, err_msg=name)
