@@ -198,7 +198,8 @@ class GGUFFile:
         info = self.tensors[name]
         raw = np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
         blocks = raw.reshape(-1, info.type.block_bytes)
-        return info.type.decode(blocks).reshape(info.shape)
+        with np.errstate(all="ignore"):  # scales may be any numbers, infinity too
+            return info.type.decode(blocks).reshape(info.shape)
 
 
 def load(
@@ -371,8 +372,9 @@ def llama3_of(factors: Sequence[float], config: LlamaConfig) -> RopeScaling | No
 
     Files hold the factors; a Hugging Face config asks for what they were made from.
     """
-    scaling = RopeScaling("llama3", factor=float(np.float32(max(factors))))
-    candidate = dataclasses.replace(config, rope_scaling=scaling)
-    found = rope_factors(candidate)
+    with np.errstate(all="ignore"):  # a file may hold any numbers
+        scaling = RopeScaling("llama3", factor=float(max(factors)))
+        candidate = dataclasses.replace(config, rope_scaling=scaling)
+        found = rope_factors(candidate)
     same = found is not None and np.allclose(found, np.asarray(factors), rtol=1e-4)
     return scaling if same else None

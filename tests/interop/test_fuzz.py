@@ -13,6 +13,7 @@ from qlora_jax.interop.bitsandbytes import from_state
 from qlora_jax.interop.bitsandbytes_folder import open_folder
 from qlora_jax.interop.weights import check_tensors
 from tests.conftest import GOLDEN
+from tests.interop import fuzz
 
 FAMILIES = GOLDEN / "families"
 STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
@@ -129,3 +130,28 @@ def test_a_damaged_state_of_bitsandbytes(tensors, data):
         assert name in str(error)
     else:
         assert weight.shape == (64, 96)
+
+
+@pytest.fixture(scope="module", params=fuzz.READERS)
+def attempt(request, tmp_path_factory):
+    """A function that damages a sound file by a seed and reads it."""
+    case = fuzz.READERS[request.param]
+    path = tmp_path_factory.mktemp("reader") / "m"
+    fuzz.prepare(path, case[0])
+    data = (path / case[1]).read_bytes()
+    return lambda seed: fuzz.attempt(case, path, data, seed)
+
+
+@settings(fuzzed, max_examples=60)
+@given(seed=st.integers(0, 2**32))
+def test_every_reader_refuses_or_reads_damaged_files(attempt, seed):
+    """As `python -m tests.interop.fuzz` does with 10,000 for each."""
+    attempt(seed)
+
+
+def test_the_fuzzer_damages():
+    """Nearly all files are changed, and most of them so that a reader notices."""
+    case = fuzz.READERS["config"]
+    data = (FAMILIES / "llama" / "config.json").read_bytes()
+    changed = [case[2](data, fuzz.random.Random(seed)) != data for seed in range(200)]
+    assert sum(changed) > 150
