@@ -89,6 +89,25 @@ def find_model(
     )
 
 
+def find_adapter(
+    path: str | os.PathLike[str], revision: str | None = None
+) -> pathlib.Path:
+    """Returns the folder of an adapter, downloaded if it is a name on the hub.
+
+    Args:
+        path: a folder, or "owner/name".
+        revision: of an adapter on the hub.
+
+    Raises:
+        ModelFileError: if it is on the hub and cannot be had.
+    """
+    folder = pathlib.Path(path).expanduser()
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
+    if folder.exists() or folder.parent.exists() or not is_name:
+        return folder
+    return _from_hub(str(path), revision)
+
+
 # What is taken of a repository on the hub: not the copies of the weights in other
 # formats that some hold beside (consolidated.safetensors, original/, onnx/, *.bin).
 _HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", "tokenizer.model"]

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.interop import peft_whole
+from qlora_jax.interop.hub import find_adapter
 from qlora_jax.interop.safetensors import SafetensorsFiles, read_json
 from qlora_jax.interop.safetensors import load as load_tensors
 from qlora_jax.interop.weights import ModelFileError, hf_name
@@ -195,6 +196,7 @@ def load_adapter(
     path: str | os.PathLike[str],
     name: str = "default",
     *,
+    revision: str | None = None,
     dropout: float | None = None,
     dtype: Any = jnp.float32,
     module_name: ModuleName = llama_module,
@@ -214,8 +216,9 @@ def load_adapter(
     Args:
         model: the base, an array or a quantized weight wherever the file has an
             adapter. Adapters it has are dropped. It stays as it was.
-        path: the folder.
+        path: the folder, or "owner/name" on the Hugging Face hub.
         name: "default" reads `path` itself, another name the folder of that name in it.
+        revision: of an adapter on the hub: a branch, tag or commit.
         dropout: rate for further training; None is the file's.
         dtype: of the trained leaves.
         module_name: as in `save_adapter`.
@@ -229,7 +232,8 @@ def load_adapter(
         NotImplementedError: if the adapter is of a kind that is not supported here; the
             message names it.
     """
-    folder = pathlib.Path(path) if name == "default" else pathlib.Path(path) / name
+    folder = find_adapter(path, revision)
+    folder = folder if name == "default" else folder / name
     config = read_json(folder / CONFIG)
     check_config(folder / CONFIG, config)
     if dropout is None:

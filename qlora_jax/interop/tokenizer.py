@@ -234,11 +234,15 @@ def _compiled(source: str) -> Any:
     return environment.from_string(source)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(
+    path: str | os.PathLike[str], *, revision: str | None = None
+) -> Tokenizer:
     """Loads the tokenizer of a model: a Hugging Face folder or a GGUF file.
 
     Args:
-        path: what `load_model` takes: a folder, a `.gguf` file or a name.
+        path: what `load_model` takes: a folder, a `.gguf` file or a name. Of a folder
+            `tokenizer.json` is read or, without it, `tokenizer.model` (SentencePiece).
+        revision: of a model on the hub: a branch, tag or commit.
 
     Raises:
         ModelFileError: if the files are missing or damaged.
@@ -246,7 +250,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     from qlora_jax.interop.hub import find_model
 
-    path = find_model(path)
+    path = find_model(path, revision)
     return _from_gguf(GGUFFile(path)) if path.is_file() else _from_folder(path)
 
 

@@ -4,3 +4,4 @@ from qlora_jax.models.config import LlamaConfig as LlamaConfig
 from qlora_jax.models.config import RopeScaling as RopeScaling
 from qlora_jax.models.config import config_from_hf as config_from_hf
 from qlora_jax.models.llama import Llama as Llama
+from qlora_jax.models.vocabulary import resize_vocabulary as resize_vocabulary

@@ -406,3 +406,19 @@ def test_sums_of_adapters_are_those_of_peft(base, logits, more, method):
     got = model(jnp.asarray(logits["tokens"], jnp.int32))
     assert relative(got, more[method]) < 1e-4
     assert relative(got, logits["plain"]) > 0.05
+
+
+def test_an_adapter_from_the_hub(base, monkeypatch, logits):
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options["revision"]))
+        return str(FOLDER / "plain")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = load_adapter(base, "nobody-has/this-name", revision="v2")
+    assert asked == [("nobody-has/this-name", "v2")]
+    tokens = jnp.asarray(logits["tokens"], jnp.int32)
+    assert relative(model(tokens), logits["plain"]) < 1e-5
