@@ -62,7 +62,7 @@ class Callback:
         """The model after `step` steps was evaluated; `best`: better than before."""
 
     def end(self) -> None:
-        """The last step is done, or the run was asked to stop."""
+        """The last step is done, or the run ended in another way."""
 
 
 class JsonlLog(Callback):

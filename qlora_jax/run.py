@@ -1,8 +1,11 @@
 """The folder of a run: its settings, its numbers, its checkpoints, its report."""
 
+import errno
+import fcntl
 import json
 import os
 import pathlib
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,6 +14,9 @@ from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.environment import environment
 from qlora_jax.memory import peak_rss_gb
 from qlora_jax.report import write_report
+
+# What is written before a folder holds a run, the last one being `config.yaml`.
+_BEGINNING = {".lock", ".writable", "data.json", "environment.json", "config.yaml"}
 
 
 class Run:
@@ -57,6 +63,7 @@ class Run:
         self._settings = json.loads(json.dumps(dict(settings), default=str))
         self._data: Mapping[str, Any] | None = None
         self._begun = False
+        self._lock_file: int | None = None
         self.log = JsonlLog(self.folder / "metrics.jsonl")
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self._check(resume, may_change)
@@ -69,7 +76,11 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; choose another folder.")
         if not config.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            # One that was killed while it began has some of these.
+            held = (
+                {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else ()
+            )
+            if any(name.removesuffix(".partial") not in _BEGINNING for name in held):
                 raise ValueError(
                     f"{self.folder} holds files and no run; choose another folder."
                 )
@@ -91,6 +102,27 @@ class Run:
                 f"{self.folder} holds a run with other settings: {', '.join(changed)}. "
                 "Give the same ones to go on with it, or choose another folder."
             )
+        self._lock()
+
+    def _lock(self) -> None:
+        """Holds the folder against other processes, as long as this one lives.
+
+        Raises:
+            ValueError: if another one holds it.
+        """
+        if self._lock_file is not None:
+            return
+        self._lock_file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, self._lock_file)
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some network file systems have no locks: then there is none.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"Another process is training in {self.folder}; wait for it, or "
+                    "choose another folder."
+                ) from None
 
     def check_data(self, manifest: Mapping[str, Any]) -> None:
         """Holds the run to its data: the manifest is written down with the settings.
@@ -126,6 +158,7 @@ class Run:
         import yaml
 
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
         if self._data is not None:
             _write(self.folder / "data.json", json.dumps(self._data, indent=2) + "\n")
         path = self.folder / "environment.json"

@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.signatures import import_checked
 
@@ -61,3 +62,18 @@ def golden_bitsandbytes():
     """Bytes and numbers that bitsandbytes 0.50.2 made (tests/golden)."""
     with np.load(GOLDEN / "bitsandbytes.npz") as archive:
         yield archive
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """The same program is compiled once in a module, however often it is jitted."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    folder = tmp_path_factory.mktemp("compiled")
+    for name, value in zip(names, (str(folder), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

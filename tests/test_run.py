@@ -1,11 +1,14 @@
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 from qlora_jax.callbacks import ProgressBar, StepReport
 from qlora_jax.run import Run
+from tests.conftest import ROOT
 
 SETTINGS = {"model": "x", "sizes": (1, 2)}
 
@@ -165,3 +168,25 @@ def test_the_report_shows_answers_before_and_after(tmp_path):
     assert "**Before**\n\n    # no\n    \n    no\n" in text
     assert "**After**\n\n    Because\n" in text and "model: x" in text
     assert "| 1 | 2.0000 |" in text
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    run = Run(tmp_path, SETTINGS)
+    run.begin()
+    again = (
+        "import sys; from qlora_jax.run import Run\n"
+        "try: Run(sys.argv[1], {'model': 'x', 'sizes': (1, 2)}, resume=True)\n"
+        "except ValueError as error: print(error)"
+    )
+    command = [sys.executable, "-c", again, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith(f"Another process is training in {tmp_path}")
+    Run(tmp_path, SETTINGS, resume=True)  # this one may
+
+
+def test_one_that_was_killed_while_it_began_begins_again(tmp_path):
+    for name in (".lock", "data.json", "environment.json", "config.yaml.partial"):
+        (tmp_path / name).write_text("[]")
+    run = Run(tmp_path, SETTINGS)
+    run.record(step=0)
+    assert (tmp_path / "config.yaml").is_file()

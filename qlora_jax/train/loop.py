@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from qlora_jax.callbacks import Callback, StepReport
+from qlora_jax.checkpoint import CheckpointError
 from qlora_jax.lora import join_trainable, split_trainable
 from qlora_jax.optim import SkipNonfiniteState
 from qlora_jax.run import Run
@@ -135,6 +136,7 @@ class _Loop:
         self.clock = time.perf_counter()
 
     def _take_up(self, run: Run) -> None:
+        run.begin()
         run.checkpoints.keep = self.config.keep
         if run.checkpoints.latest() is None:
             run.checkpoints.check_room(self.arrays)
@@ -155,26 +157,33 @@ class _Loop:
             callback.start(self.done, self.config.steps)
         self.clock = time.perf_counter()
         try:
-            # It may have been stopped while it evaluated.
-            self._evaluate_if_due(stop)
-            while not self._is_over():
-                self._advance()
-                self._evaluate_if_due(stop)
-                if self._is_due(self.config.save_every) or self._is_over():
-                    self._save()
-                if stop is not None and stop.signal is not None:
-                    raise Interruption
-            self._tell()
+            self._train(stop)
         except Interruption:
-            assert stop is not None and stop.signal is not None
+            assert self.folder is not None and stop is not None and stop.signal
             self._save()
             self._wait()
+            raise Stopped(self.done, self.folder.folder, stop.signal) from None
+        except BaseException:
+            # Whoever calls again, from this process, finds nothing half written.
+            with contextlib.suppress(CheckpointError):
+                self._wait()
+            raise
+        finally:
             for callback in self.callbacks:
                 callback.end()
-            raise Stopped(self.done, self.folder.folder, stop.signal) from None
+
+    def _train(self, stop: StopRequest | None) -> None:
+        # It may have been stopped while it evaluated.
+        self._evaluate_if_due(stop)
+        while not self._is_over():
+            self._advance()
+            self._evaluate_if_due(stop)
+            if self._is_due(self.config.save_every) or self._is_over():
+                self._save()
+            if stop is not None and stop.signal is not None:
+                raise Interruption
+        self._tell()
         self._wait()
-        for callback in self.callbacks:
-            callback.end()
 
     def _is_over(self) -> bool:
         patience = self.config.patience

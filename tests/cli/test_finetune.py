@@ -12,6 +12,7 @@ from qlora_jax.cli.main import main
 from qlora_jax.cli.presets import PRESETS
 from tests.interop.folders import write_folder
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 SMALL = {
     "steps": 6,
     "rank": 2,
