@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,9 @@ from qlora_jax.interop.save import save_model
 from qlora_jax.interop.tokenizer import load_tokenizer
 from qlora_jax.interop.weights import ModelFileError
 from qlora_jax.lora import merge_lora
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, ROOT
+from tests.interop.folders import BFLOAT16, LLAMA, write_folder
 from tests.interop.folders import FAMILIES as SMALL
-from tests.interop.folders import write_folder
 from tests.interop.test_peft import relative
 
 FAMILIES, PEFT = GOLDEN / "families", GOLDEN / "peft_lora"
@@ -212,3 +214,39 @@ def test_a_damaged_source_leaves_nothing(tmp_path):
 def test_lines_of_progress(tmp_path, capsys):
     quantize_model(FAMILIES / "source", tmp_path / "q", progress=True)
     assert capsys.readouterr().err.startswith("Quantizing source: 0.00 of 0.00 GB")
+
+
+MEMORY = """
+import pathlib, sys
+from qlora_jax.interop.convert import quantize_model
+
+def peak():  # of this process alone
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+quantize_model(sys.argv[1], sys.argv[1] + "-q")  # what the compiler takes
+before = peak()
+quantize_model(sys.argv[2], sys.argv[2] + "-q", shard_bytes=50_000_000)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_quantizing_holds_a_shard_and_not_the_model(tmp_path):
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+    for name, layers in (("small", 1), ("big", 60)):
+        hf = LLAMA | shape | {"num_hidden_layers": layers}
+        tensors = write_folder(tmp_path / name, hf, shards=4, dtype=BFLOAT16)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert total > 450_000_000
+    del tensors
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "big")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # A shard, and a tensor with its temporaries.
+    assert int(done.stdout) <= 200_000_000, total
+    assert len(list((tmp_path / "big-q").glob("*.safetensors"))) == 3
