@@ -108,8 +108,8 @@ def add_lora(
             weight has fewer than two axes or an adapter already, a rank is over the
             dimension, or a rate is out of range.
         NotImplementedError: if a chosen weight belongs to a layer of Flax's own that
-            cannot be adapted: a convolution with groups or a mask, an einsum that is
-            no contraction.
+            cannot be adapted: a convolution with a mask, an einsum that is no
+            contraction.
     """
     # The byte that draws a mask rounds rates above 511/512 up to 1.
     if not 0 <= dropout < 511 / 512:

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 
 Kind = Literal["linear", "conv", "embed"]
 
+MASKED = (
+    "a {} with a mask on its kernel, under which an adapter is of no low rank. Leave "
+    "it out of the targets, or train it whole by split_trainable(model, also=...)."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelForm:
@@ -58,6 +63,16 @@ class KernelForm:
         sizes = [math.prod(self._sizes(axes)) for axes in (self.contracted, self.free)]
         return (*self._sizes(self.batch), *sizes)
 
+    def with_free(self, size: int) -> "KernelForm":
+        """Returns the form of a kernel like this one with another `out`.
+
+        Args:
+            size: of the one axis that `out` is.
+        """
+        (axis,) = self.free
+        shape = tuple(size if a == axis else n for a, n in enumerate(self.shape))
+        return dataclasses.replace(self, shape=shape)
+
     @property
     def free_shape(self) -> tuple[int, ...]:
         """What `out` is flattened from."""
@@ -101,10 +116,17 @@ def linear_form(
     return KernelForm(shape, axes[first:last], axes[last:], axes[:first])
 
 
-def conv_form(kernel_shape: Sequence[int]) -> KernelForm:
-    """Returns the form of a convolution's kernel [*window, in, out]."""
-    axes = tuple(range(len(kernel_shape)))
-    return KernelForm(tuple(kernel_shape), axes[:-1], axes[-1:], kind="conv")
+def conv_form(kernel_shape: Sequence[int], *, swapped: bool = False) -> KernelForm:
+    """Returns the form of a convolution's kernel [*window, in, out].
+
+    Args:
+        kernel_shape: its shape; `in` is that of one group.
+        swapped: it is [*window, out, in], as transposed convolutions may have it.
+    """
+    *window, first, last = range(len(kernel_shape))
+    n_in, n_out = (last, first) if swapped else (first, last)
+    shape = tuple(kernel_shape)
+    return KernelForm(shape, (*window, n_in), (n_out,), kind="conv")
 
 
 def embed_form(num: int, features: int) -> KernelForm:

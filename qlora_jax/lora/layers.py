@@ -123,25 +123,40 @@ def einsum(
 
 
 def convolution(
-    x: "Float[Array, '...']", weight: Any, form: KernelForm, convolve: Convolve
+    x: "Float[Array, '...']",
+    weight: Any,
+    form: KernelForm,
+    convolve: Convolve,
+    *,
+    groups: int = 1,
 ) -> "Float[Array, '...']":
     """Returns the convolution of x with a weight's kernel.
 
     The adapter is one of two convolutions, `a` with the window of the layer and `b` of
-    one point: together of rank r, as in PEFT. A quantized kernel is decoded for each
+    one point: together of rank r, as in PEFT. Where channels come in groups, every
+    group is convolved with the one `a`, and multiplied by its own columns of `b`: that
+    is what `kernel + scale a b` computes. (PEFT lets `a` see the channels of all
+    groups, which no kernel of the layer does.) A quantized kernel is decoded for each
     call, forwards and backwards, and not kept in between.
 
     Args:
         x: [*batch, *space, in].
-        weight: [window * in, out].
+        weight: [window * in, out], `in` the channels of a group.
         form: of the kernel.
         convolve: the layer's convolution.
+        groups: of its channels.
     """
-    *window, n_in, _ = form.shape
 
     def with_window(x, matrix):
-        kernel = matrix.reshape(*window, n_in, matrix.shape[-1])
-        return convolve(x, kernel)
+        return convolve(x, form.with_free(matrix.shape[-1]).kernel(matrix))
+
+    def project(x, a):  # [*batch, *space, groups, rank]
+        h = with_window(x, jnp.tile(a, groups))
+        return h.reshape(*h.shape[:-1], groups, a.shape[-1])
+
+    def expand(h, b):
+        y = jnp.einsum("...gr,rgo->...go", h, b.reshape(len(b), groups, -1))
+        return y.reshape(*y.shape[:-2], -1)
 
     @jax.checkpoint
     def decoded(x, w):
@@ -151,7 +166,9 @@ def convolution(
         return decoded(x, w) if isinstance(w, QuantizedTensor) else with_window(x, w)
 
     if isinstance(weight, LoraTensor):
-        return weight.multiply(x, product, with_window)
+        if groups == 1:
+            return weight.multiply(x, product, with_window)
+        return weight.multiply(x, product, project, expand)
     return product(x, weight)
 
 

@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from qlora_jax.lora import layers
 from qlora_jax.lora.forms import (
+    MASKED,
     Equation,
     KernelForm,
     conv_form,
@@ -27,7 +28,14 @@ from qlora_jax.lora.forms import (
 )
 from qlora_jax.lora.places import is_weight, named_weights
 
-_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.Embed)
+_LAYERS = (
+    nn.Dense,
+    nn.DenseGeneral,
+    nn.Einsum,
+    nn.Conv,
+    nn.ConvTranspose,
+    nn.Embed,
+)
 
 
 def apply(model: nn.Module) -> Callable[..., Any]:
@@ -77,8 +85,8 @@ def forms(call: Callable[[Any], Any], params: Any) -> dict[str, KernelForm]:
         params: the tree of params, of arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
-        The form of each kernel by its path. Layers that cannot be adapted (grouped or
-        masked or local convolutions, einsums that are no contraction) are left out.
+        The form of each kernel by its path. Layers that cannot be adapted (masked or
+        local convolutions, einsums that are no contraction) are left out.
     """
     found: dict[str, KernelForm] = {}
 
@@ -121,12 +129,17 @@ def _form(layer: Any, shape: Any, einsum_str: str | None = None) -> KernelForm:
             return Equation.parse(einsum_str or str(layer.einsum_str)).form(layer.shape)
         case nn.Embed():
             return embed_form(layer.num_embeddings, layer.features)
-    if layer.feature_group_count != 1 or layer.mask is not None:
-        raise NotImplementedError(
-            f"{'/'.join(layer.path)!r} is a convolution with groups or a mask, whose "
-            "kernel is no single matrix."
-        )
-    return conv_form((*_tuple(layer.kernel_size), shape[-1], layer.features))
+    if layer.mask is not None:
+        name = f"{'/'.join(layer.path)!r}: "
+        raise NotImplementedError(name + MASKED.format(type(layer).__name__))
+    swapped = getattr(layer, "transpose_kernel", False)
+    sides = [shape[-1] // _groups(layer), layer.features]
+    sides = reversed(sides) if swapped else sides
+    return conv_form((*_tuple(layer.kernel_size), *sides), swapped=swapped)
+
+
+def _groups(layer: Any) -> int:
+    return getattr(layer, "feature_group_count", 1)
 
 
 def _tuple(value: Any) -> tuple[int, ...]:
@@ -142,6 +155,13 @@ def _axes(layer: Any, ndim: int) -> tuple[list[int], list[int]]:
 def _compute(next_function, args, kwargs, context):
     """The interceptor: computes layers that hold a weight, lets all else pass."""
     layer = context.module
+    if isinstance(layer, nn.ConvLocal) and is_weight(
+        layer.get_variable("params", "kernel")
+    ):
+        raise NotImplementedError(
+            f"{'/'.join(layer.path)!r} is a ConvLocal, which has a kernel for each "
+            "place: leave it out of the targets."
+        )
     if not isinstance(layer, _LAYERS):
         return next_function(*args, **kwargs)
     weight = _unboxed(layer.get_variable("params", _name(layer)))
@@ -186,8 +206,10 @@ def _call(
             f"holds {weight!r}: give add_lora(..., forms=lora.linen.forms(...))."
         )
     match layer:
-        case nn.Conv():
-            y = layers.convolution(x, weight, form, _convolve(layer, dtype))
+        case nn.Conv() | nn.ConvTranspose():
+            convolve = _convolve(layer, dtype, form)
+            groups = _groups(layer)
+            y = layers.convolution(x, weight, form, convolve, groups=groups)
             return y if bias is None else y + bias
         case nn.Einsum():
             equation = Equation.parse(einsum_str or str(layer.einsum_str))
@@ -224,11 +246,13 @@ def _product(layer: Any, dtype: Any):
     )
 
 
-def _convolve(layer: nn.Conv, dtype: Any) -> layers.Convolve:
+def _convolve(layer: Any, dtype: Any, form: KernelForm) -> layers.Convolve:
+    (out,) = form.free
+
     def convolve(x, kernel):
         # Flax's own convolution, of a layer that is this one but for the kernel.
         same: Mapping[str, Any] = {"use_bias": False, "dtype": dtype, "name": None}
-        one = layer.clone(parent=None, features=kernel.shape[-1], **same)
+        one = layer.clone(parent=None, features=kernel.shape[out], **same)
         return one.apply({"params": {"kernel": kernel}}, x)
 
     return convolve

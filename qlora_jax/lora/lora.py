@@ -194,6 +194,7 @@ class LoraTensor:
         x: "Float[Array, '*batch in']",
         product: Product = operator.matmul,
         project: Product | None = None,
+        expand: Product = operator.matmul,
     ) -> "Float[Array, '*batch out']":
         """Returns `x @ self`, with the multiplications as a layer does them.
 
@@ -201,6 +202,7 @@ class LoraTensor:
             x: activations, beginning with the stack axes if there are any.
             product: instead of `x @ w` with the base (or with what was merged).
             project: instead of `x @ a`; the last axis of x may then be another.
+            expand: instead of the product of that with b.
 
         Raises:
             ValueError: if x, adapters and ids do not fit together.
@@ -212,7 +214,8 @@ class LoraTensor:
                     f"{list(stack)} of {self!r}; for one x through all layers, scan "
                     "over the stack."
                 )
-            return jax.vmap(lambda x, lt: lt.multiply(x, product, project))(x, self)
+            one = lambda x, lt: lt.multiply(x, product, project, expand)
+            return jax.vmap(one)(x, self)
         self._check(x, projected=project is not None)
         if self.merged is not None:
             return product(x, unwrapped(self.merged))
@@ -224,6 +227,7 @@ class LoraTensor:
             scale=self.scale,
             rate=self.dropout,
             project=operator.matmul if project is None else project,
+            expand=expand,
         )
         # Of the adapter the backward pass keeps its leaves, x and the products: not the
         # mask, the dropped x, the masters rounded or the rows' copies of them. q, k and
@@ -330,6 +334,7 @@ def _low_rank(
     scale: float,
     rate: float,
     project: Product,
+    expand: Product,
 ) -> Leaf:
     """dropout(x) @ a @ b * scale in the dtype of x, a and b by row if there are ids."""
     x, a, b = _gradients_together(x, a, b)
@@ -341,11 +346,11 @@ def _low_rank(
     a, b = a.astype(x.dtype), (b * scale).astype(x.dtype)
     if ids is None:
         # Thin, and what a policy of rematerialisation had better keep.
-        return checkpoint_name(project(dropped, a), "low_rank") @ b
+        return expand(checkpoint_name(project(dropped, a), "low_rank"), b)
     if ids.ndim == 0:
         a, b = one_of(a, b, ids)
-        return project(dropped, a) @ b
-    return _by_row(dropped, a, b, ids, project)
+        return expand(project(dropped, a), b)
+    return _by_row(dropped, a, b, ids, project, expand)
 
 
 def _low_rank_together(
@@ -390,7 +395,9 @@ def one_of(a: Leaf, b: Leaf, ids: Leaf) -> tuple[Leaf, Leaf]:
     return take(a), jnp.where(ids[..., None, None] < 0, jnp.zeros_like(b), b)
 
 
-def _by_row(x: Leaf, a: Leaf, b: Leaf, ids: Leaf, project: Product) -> Leaf:
+def _by_row(
+    x: Leaf, a: Leaf, b: Leaf, ids: Leaf, project: Product, expand: Product
+) -> Leaf:
     """Each row of x with its own adapter."""
     several, n_in, rank = a.shape
     if project is operator.matmul and several * rank > _TILE:
@@ -406,7 +413,8 @@ def _by_row(x: Leaf, a: Leaf, b: Leaf, ids: Leaf, project: Product) -> Leaf:
     own = ids[:, None] == jnp.arange(several, dtype=ids.dtype)  # [rows, several]
     own = own.reshape(own.shape[0], *(1,) * (h.ndim - 3), several, 1)
     h = jnp.where(own, h, jnp.zeros_like(h))
-    y = h.reshape(*h.shape[:-2], several * rank) @ b.reshape(several * rank, -1)
+    h = h.reshape(*h.shape[:-2], several * rank)
+    y = expand(h, b.reshape(several * rank, -1))
     unknown = (ids >= several).reshape(-1, *(1,) * (y.ndim - 1))
     return jnp.where(unknown, jnp.full_like(y, jnp.nan), y)
 

@@ -16,6 +16,7 @@ from flax import nnx
 
 from qlora_jax.lora import layers
 from qlora_jax.lora.forms import (
+    MASKED,
     Equation,
     KernelForm,
     conv_form,
@@ -24,7 +25,14 @@ from qlora_jax.lora.forms import (
 )
 from qlora_jax.lora.lora import unwrapped
 
-_FLAX = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.Embed)
+_FLAX = (
+    nnx.Linear,
+    nnx.LinearGeneral,
+    nnx.Einsum,
+    nnx.Conv,
+    nnx.ConvTranspose,
+    nnx.Embed,
+)
 
 
 def _refuse(layer: Any, out_sharding: Any) -> None:
@@ -115,17 +123,30 @@ class Conv(nnx.Conv):
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Returns what `nnx.Conv` does."""
         _refuse(self, out_sharding)
-        weight = unwrapped(self.kernel)
-        x, dtype, bias = _promoted(self, inputs, weight, self.bias)
-        options = {**vars(self), "bias": None, "use_bias": False, "dtype": dtype}
+        return _convolved(self, nnx.Conv, inputs, groups=self.feature_group_count)
 
-        def convolve(x, kernel):
-            # Flax's own convolution, of a layer that is this one but for the kernel.
-            layer = types.SimpleNamespace(**{**options, "kernel": kernel})
-            return nnx.Conv.__call__(layer, x)  # type: ignore
 
-        y = layers.convolution(x, weight, conv_form(self.kernel_shape), convolve)
-        return y if bias is None else y + bias
+class ConvTranspose(nnx.ConvTranspose):
+    """`nnx.ConvTranspose` over any weight [window * in, out]."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Returns what `nnx.ConvTranspose` does."""
+        return _convolved(self, nnx.ConvTranspose, inputs, groups=1)
+
+
+def _convolved(layer: Any, kind: type, inputs: jax.Array, groups: int) -> jax.Array:
+    """What a convolution of Flax's returns, over a weight for a kernel."""
+    weight = unwrapped(layer.kernel)
+    x, dtype, bias = _promoted(layer, inputs, weight, layer.bias)
+    options = {**vars(layer), "bias": None, "use_bias": False, "dtype": dtype}
+
+    def convolve(x, kernel):
+        # Flax's own convolution, of a layer that is this one but for the kernel.
+        other = types.SimpleNamespace(**{**options, "kernel": kernel})
+        return kind.__call__(other, x)
+
+    y = layers.convolution(x, weight, layer_form(layer), convolve, groups=groups)
+    return y if bias is None else y + bias
 
 
 class Embed(nnx.Embed):
@@ -156,6 +177,7 @@ _CLASSES = {
     nnx.LinearGeneral: LinearGeneral,
     nnx.Einsum: Einsum,
     nnx.Conv: Conv,
+    nnx.ConvTranspose: ConvTranspose,
     nnx.Embed: Embed,
 }
 
@@ -182,12 +204,10 @@ def layer_form(layer: Any) -> KernelForm:
         return _form_of_einsum(layer)
     if kind is nnx.Embed:
         return embed_form(layer.num_embeddings, layer.features)
-    if layer.feature_group_count != 1 or layer.mask is not None:
-        raise NotImplementedError(
-            "A convolution with groups or a mask has no single matrix for a kernel: "
-            "leave it out of the targets."
-        )
-    return conv_form(layer.kernel_shape)
+    if layer.mask is not None:
+        raise NotImplementedError(MASKED.format(type(layer).__name__))
+    swapped = getattr(layer, "transpose_kernel", False)
+    return conv_form(layer.kernel_shape, swapped=swapped)
 
 
 def adapt(layer: Any) -> None:

@@ -91,7 +91,16 @@ def kernel_forms(model: Any) -> "Callable[[str], KernelForm | None]":
         for path, module, name, _ in _attributes(model)
         if layers.is_kernel(module, name)
     }
-    return lambda path: layers.layer_form(holders[path]) if path in holders else None
+
+    def form_of(path: str) -> KernelForm | None:
+        if path not in holders:
+            return None
+        try:
+            return layers.layer_form(holders[path])
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{path!r}: {error}") from error
+
+    return form_of
 
 
 def map_lora(model: Any, function: Callable[[str, LoraTensor], Any]) -> Any:

@@ -42,6 +42,8 @@ class Model(nn.Module):
         table = nn.Embed(24, 32, name="embed")
         x = nn.Conv(32, (3,), name="conv")(table(tokens))
         x = nn.Conv(32, (2,), feature_group_count=4, name="grouped")(x)
+        x = nn.ConvTranspose(16, (2,), name="up")(x)
+        x = nn.ConvTranspose(32, (3,), transpose_kernel=True, name="back_up")(x)
         blocks = nn.scan(
             nn.remat(Block),
             variable_axes={"params": 0},
@@ -81,7 +83,9 @@ def test_forms_are_found_by_tracing(forms):
     assert forms[f"{attention}/out/kernel"].shape == (4, 8, 32)
     assert forms["mix/kernel"].matrix_shape == (4, 8, 16)  # one for each head
     assert forms["conv/kernel"].kind == "conv" and forms["embed/embedding"]
-    assert "grouped/kernel" not in forms and len(forms) == 11
+    assert forms["grouped/kernel"].matrix_shape == (2 * 8, 32)
+    assert forms["back_up/kernel"].shape == (3, 32, 16)
+    assert forms["back_up/kernel"].matrix_shape == (3 * 16, 32) and len(forms) == 14
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
@@ -165,3 +169,23 @@ def test_wrong_calls(params, forms):
     params = {"heads": {"kernel": jnp.ones((32, 5, 8))}}
     with pytest.raises(NotImplementedError, match="only stacks along leading axes"):
         add_lora(params, rank=2, targets=path, forms=forms, key=KEY)
+
+
+class Refused(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.ConvLocal(4, (2,), padding="VALID", name="local")(x)
+        return nn.Conv(4, (3,), mask=jnp.ones((3, 4, 4)), name="masked")(x)
+
+
+def test_convolutions_that_cannot_be_adapted_are_named():
+    model, x = Refused(), jnp.ones((2, 5, 4))
+    params = model.init(KEY, x)["params"]
+    run = lambda p: linen.apply(model)({"params": p}, x)
+    assert not linen.forms(lambda p: model.apply({"params": p}, x), params)
+    local = add_lora(params, rank=2, targets="local/kernel", key=KEY)
+    with pytest.raises(NotImplementedError, match="'local' is a ConvLocal"):
+        run(local)
+    masked = add_lora(params, rank=2, targets="masked/kernel", key=KEY)
+    with pytest.raises(NotImplementedError, match="'masked': a Conv with a mask"):
+        run(masked)

@@ -18,6 +18,7 @@ from qlora_jax.lora import (
     stack_adapters,
 )
 from qlora_jax.lora import nnx as adapted_layers
+from qlora_jax.lora.forms import conv_form
 from qlora_jax.quant import QuantizedTensor, dequantize
 from tests.lora.test_adapters import perturbed
 from tests.tolerances import LOGITS_RELATIVE
@@ -44,17 +45,21 @@ class Zoo(nnx.Module):
             64, 64, dtype=jnp.bfloat16, preferred_element_type=jnp.float32, **options
         )
         self.each = nnx.LinearGeneral(64, 8, batch_axis={0: 2}, **options)
-        self.grouped = nnx.Conv(8, 8, (3,), feature_group_count=2, **options)
+        self.grouped = nnx.Conv(8, 12, (3,), feature_group_count=2, **options)
+        self.up = nnx.ConvTranspose(12, 6, (3,), strides=2, **options)
+        self.back_up = nnx.ConvTranspose(
+            6, 8, (4,), padding="CIRCULAR", transpose_kernel=True, **options
+        )
 
     def __call__(self, tokens):
         x = self.point(nnx.gelu(self.conv(self.embed(tokens))))
         x = x + self.attention(x)
         x = self.back(self.mix(self.heads(x))).reshape(*x.shape)
         x = self.half(x)
-        return self.embed.attend(x), self.grouped(self.each(x))
+        return self.embed.attend(x), self.back_up(self.up(self.grouped(self.each(x))))
 
 
-KERNELS = r"(?<!grouped/)kernel|embedding"
+KERNELS = "kernel|embedding"
 
 
 def relative(got, wanted):
@@ -76,7 +81,7 @@ def call(model, tokens):
 def test_every_layer_computes_what_its_merged_kernel_does(zoo, quantize):
     adapted = add_lora(zoo, rank=2, targets=KERNELS, quantize=quantize, key=KEY)
     trainable, frozen = split_trainable(adapted)
-    assert len(jax.tree.leaves(trainable)) == 2 * 12
+    assert len(jax.tree.leaves(trainable)) == 2 * 15
     model = join_trainable(perturbed(trainable), frozen)
     merged = merge_lora(model, dtype=jnp.float32, report=None)
     wanted = call(merged, TOKENS)
@@ -100,12 +105,13 @@ def test_every_layer_computes_what_its_merged_kernel_does(zoo, quantize):
 
 
 def test_a_zero_adapter_changes_no_bit(zoo):
-    targets = "attention|half|embed|conv|point|each"
+    targets = "attention|half|embed|conv|point|each|grouped|up"
     adapted = add_lora(zoo, rank=2, targets=targets, key=KEY)
 
     @nnx.jit
     def run(m, x):
         outputs = [m.attention(x), m.half(x), m.conv(x), m.each(x)]
+        outputs += [m.grouped(x[..., :8]), m.up(x[..., :12]), m.back_up(x[..., :6])]
         return [*outputs, m.point(x[..., :32]), m.embed(TOKENS)]
 
     x = jax.random.normal(KEY, (2, 5, 64))
@@ -237,14 +243,21 @@ def test_nnx_grad_optimizer_and_state(stacked):
 
 
 def test_rows_with_different_adapters():
-    model = add_lora(Zoo(), rank=2, targets="embed|conv|half|heads", key=KEY)
+    targets = "embed|conv|half|heads|grouped|up"
+    model = add_lora(Zoo(), rank=2, targets=targets, key=KEY)
     first, frozen = split_trainable(model)
     adapters = [perturbed(first, seed) for seed in range(2)]
     ids = jnp.array([1, -1])
 
     def run(model):
         x = model.embed(TOKENS)
-        return model.heads(model.half(x)).reshape(2, 5, 64), model.conv(x)
+        wide = model.grouped(x[..., :8])
+        return (
+            model.heads(model.half(x)).reshape(2, 5, 64),
+            model.conv(x),
+            wide,
+            model.back_up(model.up(wide)),
+        )
 
     run = nnx.jit(run)
     got = run(join_trainable(stack_adapters(adapters), frozen, adapter_ids=ids))
@@ -254,6 +267,40 @@ def test_rows_with_different_adapters():
         np.testing.assert_allclose(g[0], o[0], rtol=2e-2, atol=2e-2)
         np.testing.assert_allclose(g[1], b[1], rtol=1e-5, atol=1e-5)
         assert relative(o, b) > 0.1
+
+
+@pytest.mark.parametrize("groups, quantize", [(8, None), (4, "nf4")])
+@pytest.mark.parametrize("dora", [False, True])
+def test_groups_of_channels(groups, quantize, dora):
+    """A depthwise and other grouped convolutions: the kernel plus scale a b."""
+    layer = nnx.Conv(
+        8, 16, (5, 5), feature_group_count=groups, strides=2, rngs=nnx.Rngs(0)
+    )
+    model = nnx.Dict(conv=layer)
+    adapted = add_lora(
+        model, rank=3, targets="conv", dora=dora, quantize=quantize, key=KEY
+    )
+    kernel = adapted.conv.kernel
+    assert kernel.shape == (25 * 8 // groups, 16)
+    trainable, frozen = split_trainable(adapted)
+    trainable = perturbed(trainable)
+    moved = join_trainable(trainable, frozen)
+    merged = merge_lora(moved, dtype=jnp.float32, report=None)
+    assert merged.conv.kernel.shape == layer.kernel.shape
+    x = jax.random.normal(KEY, (2, 9, 9, 8))
+    assert relative(moved.conv(x), merged.conv(x)) < LOGITS_RELATIVE["float32"]
+    assert relative(moved.conv(x), layer(x)) > 0.1
+    if dora:
+        return
+    # The gradients of a and b are those of the kernel that is made whole.
+    loss = lambda layer: (jnp.sin(layer(x)) ** 2).sum()
+    grad = nnx.grad(loss)(merged.conv)["kernel"].get_value()
+    grad = kernel.scale * conv_form(grad.shape).matrix(grad)
+    lt = moved.conv.kernel
+    wanted = {"a": grad @ lt.b.get_value().T, "b": lt.a.get_value().T @ grad}
+    got = jax.grad(lambda t: loss(join_trainable(t, frozen).conv))(trainable)
+    for path, value in nnx.to_flat_state(got):
+        assert relative(value.get_value(), wanted[path[-1]]) < 1e-5
 
 
 class Mine(nnx.Linear):
@@ -284,8 +331,11 @@ def test_subclasses_and_direct_use_of_a_kernel():
 
 def test_what_cannot_be_adapted():
     zoo = Zoo()
-    with pytest.raises(NotImplementedError, match="convolution with groups or a mask"):
-        add_lora(zoo, rank=2, targets="grouped", key=KEY)
+    zoo.masked = nnx.Conv(2, 4, (3,), mask=jnp.ones((3, 2, 4)), rngs=nnx.Rngs(0))
+    masked = "'masked/kernel': a Conv with a mask .* train it whole by split_trainable"
+    with pytest.raises(NotImplementedError, match=masked):
+        add_lora(zoo, rank=2, targets="masked", key=KEY)
+    del zoo.masked
     zoo.odd = nnx.Einsum("ab,bc->c", (4, 4), rngs=nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match="only contractions of an input"):
         add_lora(zoo, rank=2, targets="odd", key=KEY)
