@@ -10,8 +10,32 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
+
+# What other trainers call it.
+_ELSEWHERE = {
+    "bits": "quantize",
+    "dataset": "data",
+    "gradient_accumulation_steps": "accumulate",
+    "learning_rate_scheduler": "schedule",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_r": "rank",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "max_seq_length": "seq_len",
+    "max_steps": "steps",
+    "model_name_or_path": "model",
+    "num_train_epochs": "epochs",
+    "optim": "algorithm",
+    "output_dir": "out",
+    "per_device_train_batch_size": "batch_size",
+    "r": "rank",
+    "sample_packing": "packing",
+    "save_steps": "save_every",
+    "target_modules": "targets",
+}
 
 
 def parse[Options](
@@ -40,11 +64,18 @@ def parse[Options](
         if not end.code:
             raise
         command = prog.split(" [")[0]
-        raise ValueError(f"{_plain(said.getvalue())} See {command} --help.") from None
+        words, meant = _plain(said.getvalue())
+        unknown = re.match(r"Unrecognized options: --([\w-]+)", words)
+        if unknown:
+            names = [field.name for field in dataclasses.fields(options)]  # pyright: ignore
+            near = nearest(unknown[1].replace("-", "_"), names)
+            meant = meant if near is None else "--" + near.replace("_", "-")
+            words += f" Perhaps you meant {meant}." if meant else ""
+        raise ValueError(f"{words} See {command} --help.") from None
 
 
-def _plain(box: str) -> str:
-    """Returns the words of tyro's framed message as one line.
+def _plain(box: str) -> tuple[str, str | None]:
+    """Returns the words of tyro's framed message as one line, and a flag it names.
 
     A frame of lines, whose upper edge holds a title, or in ASCII a title and a rule;
     then paragraphs with rules between them.
@@ -59,9 +90,8 @@ def _plain(box: str) -> str:
             paragraphs[-1].append(line)
     words = " ".join(" ".join(paragraphs[0 if framed else 1]).split())
     meant = re.findall(r"^ {4,}(--\w[\w-]*)", "\n".join(lines), re.MULTILINE)
-    if "nrecognized" in words and meant:
-        return f"{words}. Perhaps you meant {' or '.join(meant[:2])}."
-    return words if words.endswith((".", "?")) else f"{words}."
+    words = words if words.endswith((".", "?")) else f"{words}."
+    return words, meant[0] if meant else None
 
 
 def read_yaml(path: pathlib.Path, options: type) -> dict[str, Any]:
@@ -90,8 +120,8 @@ def read_yaml(path: pathlib.Path, options: type) -> dict[str, Any]:
     for key, value in found.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            near = nearest(name, names)
+            hint = "." if near is None else f"; did you mean {near!r}?"
             raise ValueError(f"{path}: there is no setting {key!r}{hint}")
         try:
             values[name] = _as_type(value, hints[name])
@@ -100,6 +130,14 @@ def read_yaml(path: pathlib.Path, options: type) -> dict[str, Any]:
                 f"{path}: {key} is {value!r}, expected {_described(hints[name])}."
             ) from None
     return values
+
+
+def nearest(name: str, names: Collection[str]) -> str | None:
+    """Returns which of the names was meant, None if there is no telling."""
+    if _ELSEWHERE.get(name) in names:
+        return _ELSEWHERE[name]
+    near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
+    return near[0] if near else None
 
 
 def _as_type(value: Any, hint: Any) -> Any:

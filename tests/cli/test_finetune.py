@@ -123,6 +123,8 @@ def test_what_is_wrong_is_said_in_one_line(place, finished, capsys, tmp_path):
     config, rows = str(place / "config.yaml"), place / "rows.jsonl"
     bad = tmp_path / "bad.yaml"
     bad.write_text("learning_rat: 1")
+    foreign = tmp_path / "foreign.yaml"
+    foreign.write_text("lr: 1e-4")
     typed = tmp_path / "typed.yaml"
     typed.write_text("steps: 1.5")
     other = tmp_path / "other.jsonl"
@@ -131,12 +133,15 @@ def test_what_is_wrong_is_said_in_one_line(place, finished, capsys, tmp_path):
     for arguments, words in [
         ([], "say what to learn from: --data FILE"),
         (["--rnk", "3"], "Unrecognized options: --rnk, 3. Perhaps you meant --rank."),
+        (["--lora-r=3"], "Unrecognized options: --lora-r=3. Perhaps you meant --rank."),
+        (["--zzz"], "Unrecognized options: --zzz. See qlora-jax finetune --help."),
         (["--rank", "x"], "Error parsing --rank: invalid literal for int()"),
         (["--schedule", "cos"], "Expected one of ('constant', 'linear', 'cosine')"),
         (["--data", "x", "--rank", "0"], "rank=0 must be at least 1"),
         (["--preset", "guanaco"], "must be one of guanaco-7b, guanaco-13b"),
         (["absent.yaml"], "absent.yaml cannot be read: No such file"),
         ([str(bad)], "no setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ([str(foreign)], "no setting 'lr'; did you mean 'learning_rate'?"),
         ([str(typed)], "steps is 1.5, expected a whole number."),
         ([config, *out, "--seed", "1"], "with other settings: seed=1 (there: 0)"),
         ([config, *out, "--no-resume"], "holds a run already"),
