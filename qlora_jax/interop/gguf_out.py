@@ -5,6 +5,7 @@ of rows and metadata are those of llama.cpp's own converter.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlora_jax.interop import sentencepiece
 from qlora_jax.interop.folder import Entry
 from qlora_jax.interop.gguf import ARCHITECTURES, IN_LAYER, TOP, rope_factors
 from qlora_jax.interop.save import model_entries
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 # The types that matrices are written in.
 TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_1", "Q4_0")
 _COARSE = ("Q5_0", "Q4_1", "Q4_0")
-_NORMAL, _CONTROL, _USER = 1, 3, 4
+_NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
 
 
 def package() -> Any:
@@ -285,14 +287,16 @@ def _write_tokenizer(writer: Any, tokenizer: "Tokenizer", config: LlamaConfig) -
 
     described = json.loads(tokenizer.backend.to_str())
     model, pre = described["model"], _pre_tokenizer(described)
-    if model["type"] != "BPE" or model.get("byte_fallback") or pre is None:
+    is_pieces = _is_sentencepiece(model)
+    if model["type"] != "BPE" or (pre is None and not is_pieces):
         raise NotImplementedError(
-            "A GGUF file cannot hold this tokenizer: it is no byte-level BPE whose "
-            f"pre-tokenizer is one of {', '.join(PRE_TOKENIZERS)}."
+            "A GGUF file cannot hold this tokenizer: it is neither a SentencePiece BPE "
+            "nor a byte-level BPE whose pre-tokenizer is one of "
+            f"{', '.join(PRE_TOKENIZERS)}."
         )
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
     tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
-    types = [_USER] * config.vocab_size
+    types = [_UNUSED] * config.vocab_size
     for token, index in vocabulary.items():
         if index >= config.vocab_size:
             raise NotImplementedError(
@@ -302,17 +306,45 @@ def _write_tokenizer(writer: Any, tokenizer: "Tokenizer", config: LlamaConfig) -
         tokens[index], types[index] = token, _NORMAL
     for index, token in tokenizer.backend.get_added_tokens_decoder().items():
         types[index] = _CONTROL if token.special else _USER
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    writer.add_tokenizer_model("llama" if is_pieces else "gpt2")
     writer.add_token_list(tokens)
+    if is_pieces:
+        for index, token in enumerate(tokens):
+            if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+                types[index] = sentencepiece.BYTE
+        types[vocabulary[model["unk_token"]]] = sentencepiece.UNKNOWN
+        # The order of the scores is what counts, and that of the ids is the same.
+        writer.add_token_scores([-float(index) for index in range(len(tokens))])
+        writer.add_add_space_prefix(_has_prefix(described))
+    else:
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges(merges)
     writer.add_token_types(types)
-    writer.add_token_merges(merges)
     writer.add_eos_token_id(tokenizer.eos_id)
     if tokenizer.bos_id is not None:
         writer.add_bos_token_id(tokenizer.bos_id)
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _is_sentencepiece(model: dict[str, Any]) -> bool:
+    """Whether a model is what `sentencepiece.build` makes of scores that fall by id."""
+    if model["type"] != "BPE" or not model.get("byte_fallback"):
+        return False
+    vocabulary = model["vocab"]
+    made = ("".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"])
+    ids = [vocabulary.get(token, -1) for token in made]
+    falls = all(a <= b for a, b in itertools.pairwise(ids))
+    return falls and model.get("unk_token") in vocabulary
+
+
+def _has_prefix(described: dict[str, Any]) -> bool:
+    """Whether a space is put in front of a text."""
+    normalizer = described.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    scheme = (described.get("pre_tokenizer") or {}).get("prepend_scheme", "never")
+    return scheme != "never" or any(s.get("type") == "Prepend" for s in steps)
 
 
 def _pre_tokenizer(described: dict[str, Any]) -> str | None:

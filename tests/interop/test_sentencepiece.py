@@ -8,11 +8,13 @@ import gguf
 import pytest
 
 from qlora_jax.interop import sentencepiece
+from qlora_jax.interop.convert import convert_model
 from qlora_jax.interop.gguf import save as save_gguf
 from qlora_jax.interop.sentencepiece import CONTROL, build, merges_of, read_model
 from qlora_jax.interop.tokenizer import load_tokenizer
 from qlora_jax.interop.weights import ModelFileError
 from tests.conftest import GOLDEN
+from tests.interop.folders import LLAMA, write_folder
 
 FOLDER = GOLDEN / "sentencepiece"
 GOLD = json.loads((FOLDER / "ids.json").read_text())
@@ -116,6 +118,28 @@ def test_the_same_model_in_a_gguf_file(tmp_path, llama):
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     for text, ids in zip(TEXTS, GOLD["llama"]["ids"], strict=True):
         assert tokenizer.encode(text) == ids
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_through_gguf_and_back(tmp_path, name):
+    """From a folder with tokenizer.model to GGUF, and to a folder of transformers."""
+    hf = LLAMA | {"vocab_size": 604, "num_hidden_layers": 1}
+    write_folder(tmp_path / "in", hf)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "in" / file).unlink()
+    shutil.copy(FOLDER / f"{name}.model", tmp_path / "in" / "tokenizer.model")
+    convert_model(tmp_path / "in", tmp_path / "m.gguf")
+    convert_model(tmp_path / "m.gguf", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    for path in ("m.gguf", "out"):
+        tokenizer = load_tokenizer(tmp_path / path)
+        assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+        for text, ids in zip(TEXTS, GOLD[name]["ids"], strict=True):
+            assert tokenizer.encode(text) == ids, text
+        assert tokenizer.encode("a</s>", special=True)[-1] == 2
+    assert gguf.GGUFReader(tmp_path / "m.gguf").get_field(
+        "tokenizer.ggml.token_type"
+    ).contents()[:4] == [2, 3, 3, 6 if name == "llama" else 4]
 
 
 def test_no_merge_makes_a_control_token(llama):
