@@ -4,16 +4,15 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.lora.forms import KernelForm
+from qlora_jax.lora.low_rank import Product, low_rank, low_rank_together
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Key, Shaped
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
 # Any: a leaf is an array, a tracer, a ShapeDtypeStruct, another weight, an
 # nnx.Variable that holds one of them or, inside a tree map, anything.
 Leaf = Any
-
-# Columns of a product that cost about as much as one: a tile of a matmul.
-_TILE = 128
-
-# From x and a weight [in, out] to their product.
-Product = Callable[[Any, Any], Any]
 
 # The adapters' Variable type is Flax's own, so that filters written for it still hold.
 LoRAParam = nnx.LoRAParam
@@ -223,7 +216,7 @@ class LoraTensor:
         y = product(x, w)
         key = self.key if self.dropout else None
         adapter = functools.partial(
-            _low_rank,
+            low_rank,
             scale=self.scale,
             rate=self.dropout,
             project=operator.matmul if project is None else project,
@@ -257,7 +250,7 @@ class LoraTensor:
             w._check(x, projected=False)
         ys = [x @ unwrapped(w.w) for w in weights]
         adapters = jax.checkpoint(
-            functools.partial(_low_rank_together, scales=[w.scale for w in weights]),
+            functools.partial(low_rank_together, scales=[w.scale for w in weights]),
             policy=jax.checkpoint_policies.dots_saveable,
         )
         a, b = ([unwrapped(getattr(w, name)) for w in weights] for name in "ab")
@@ -322,127 +315,6 @@ class LoraTensor:
 def scale_of(rank: int, alpha: float, rslora: bool) -> float:
     """Alpha / rank, or alpha / sqrt(rank) (rsLoRA, https://arxiv.org/abs/2312.03732)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
-
-
-def _low_rank(
-    x: Leaf,
-    a: Leaf,
-    b: Leaf,
-    key: Leaf,
-    ids: Leaf,
-    *,
-    scale: float,
-    rate: float,
-    project: Product,
-    expand: Product,
-) -> Leaf:
-    """dropout(x) @ a @ b * scale in the dtype of x, a and b by row if there are ids."""
-    x, a, b = _gradients_together(x, a, b)
-    dropped = x
-    if key is not None:
-        dropped, probability = dropout(x, key, rate=rate)
-        scale = scale / probability
-    # The scale goes onto b in float32: one rounding, and no pass over the rows.
-    a, b = a.astype(x.dtype), (b * scale).astype(x.dtype)
-    if ids is None:
-        # Thin, and what a policy of rematerialisation had better keep.
-        return expand(checkpoint_name(project(dropped, a), "low_rank"), b)
-    if ids.ndim == 0:
-        a, b = one_of(a, b, ids)
-        return expand(project(dropped, a), b)
-    return _by_row(dropped, a, b, ids, project, expand)
-
-
-def _low_rank_together(
-    x: Leaf, a: list[Leaf], b: list[Leaf], *, scales: list[float]
-) -> list[Leaf]:
-    """Returns x @ a_i @ b_i * scale_i, the first products as one."""
-    x, a, b = _gradients_together(x, a, b)
-    h = x @ jnp.concatenate([one.astype(x.dtype) for one in a], axis=-1)
-    h = checkpoint_name(h, "low_rank")
-    ends = np.cumsum([one.shape[-1] for one in a])[:-1]
-    parts = jnp.split(h, ends, axis=-1)
-    return [
-        part @ (one * scale).astype(x.dtype)
-        for part, one, scale in zip(parts, b, scales, strict=True)
-    ]
-
-
-@jax.custom_vjp
-def _gradients_together(x: Leaf, a: Leaf, b: Leaf) -> tuple[Leaf, Leaf, Leaf]:
-    """Returns its arguments, whose gradients are computed at one time.
-
-    Nothing waits for the gradients of a and b, so a compiler may leave them to the end,
-    and keep in memory until then what they are computed from: the activations of every
-    layer on both sides. Here the gradient of x waits for them.
-    """
-    return x, a, b
-
-
-_gradients_together.defvjp(
-    lambda x, a, b: ((x, a, b), None),
-    lambda _, gradients: jax.lax.optimization_barrier(gradients),
-)
-
-
-def one_of(a: Leaf, b: Leaf, ids: Leaf) -> tuple[Leaf, Leaf]:
-    """Returns the `a` and `b` of each id: -1 has a zero `b`, an unknown one NaN."""
-    # A negative id would count from the end; it means the base alone.
-    take = functools.partial(
-        jnp.take, indices=jnp.maximum(ids, 0), axis=0, mode="fill", fill_value=jnp.nan
-    )
-    b = take(b)
-    return take(a), jnp.where(ids[..., None, None] < 0, jnp.zeros_like(b), b)
-
-
-def _by_row(
-    x: Leaf, a: Leaf, b: Leaf, ids: Leaf, project: Product, expand: Product
-) -> Leaf:
-    """Each row of x with its own adapter."""
-    several, n_in, rank = a.shape
-    if project is operator.matmul and several * rank > _TILE:
-        a, b = one_of(a, b, ids)
-        h = jnp.einsum("n...i,nir->n...r", x, a)
-        return jnp.einsum("n...r,nro->n...o", h, b)
-    # Few adapters, all in one product: x @ [a_0 a_1 ...] for every row, the parts of
-    # other adapters set to zero, times [b_0; b_1; ...]. No copy of a and b is made for
-    # each row, and the columns fill a tile that would be mostly empty for one adapter.
-    columns = jnp.moveaxis(a, 0, 1).reshape(n_in, several * rank)
-    h = project(x, columns)
-    h = h.reshape(*h.shape[:-1], several, rank)
-    own = ids[:, None] == jnp.arange(several, dtype=ids.dtype)  # [rows, several]
-    own = own.reshape(own.shape[0], *(1,) * (h.ndim - 3), several, 1)
-    h = jnp.where(own, h, jnp.zeros_like(h))
-    h = h.reshape(*h.shape[:-2], several * rank)
-    y = expand(h, b.reshape(several * rank, -1))
-    unknown = (ids >= several).reshape(-1, *(1,) * (y.ndim - 1))
-    return jnp.where(unknown, jnp.full_like(y, jnp.nan), y)
-
-
-def dropout(
-    x: "Float[Array, '*batch in']", key: "Key[Array, '']", *, rate: float
-) -> "tuple[Float[Array, '*batch in'], float]":
-    """Zeroes each number with probability `rate`.
-
-    The mask takes one random byte a number, a quarter of the random words that one
-    draw for each would: the rate is rounded to a multiple of 1/256 (0.05 to 0.0508).
-
-    Args:
-        x: activations.
-        key: a typed key; the mask is a function of it and of the shape.
-        rate: the probability of zero, in [0, 1).
-
-    Returns:
-        An array like `x`, not yet scaled, and the probability of being kept, as
-        rounded: what to divide by for the mean to be that of `x`.
-    """
-    threshold = round(rate * 256)
-    *batch, n = x.shape
-    # Words by row, so that a sharded batch draws its own.
-    words = jax.random.bits(key, (*batch, -(-n // 4)), jnp.uint32)
-    draws = jax.lax.bitcast_convert_type(words, jnp.uint8)  # [*batch, words, 4]
-    kept = draws.reshape(*batch, -1)[..., :n] >= threshold
-    return jnp.where(kept, x, jnp.zeros_like(x)), 1 - threshold / 256
 
 
 def kaiming_uniform(

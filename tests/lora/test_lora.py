@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from qlora_jax.lora import LoraTensor
 from qlora_jax.lora.initial import with_magnitude
-from qlora_jax.lora.lora import dropout, kaiming_uniform
+from qlora_jax.lora.lora import kaiming_uniform
+from qlora_jax.lora.low_rank import dropout
 from qlora_jax.quant import dequantize, quantize
 from tests.tolerances import MATMUL_RELATIVE
 

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_jax.lora import LoraTensor
 from qlora_jax.lora.initial import with_magnitude
-from qlora_jax.lora.lora import _gradients_together
+from qlora_jax.lora.low_rank import gradients_together
 from qlora_jax.quant import quantize
 from tests.lora.test_lora import draw, relative
 from tests.tolerances import GRADIENT_RELATIVE, MATMUL_RELATIVE
@@ -174,7 +174,7 @@ def test_the_backward_pass_keeps_x_once_and_the_thin_products():
     assert sum(leaf.size for leaf in of_rows.values()) <= 5 * (64 + sum(RANKS))
 
 
-def test_gradients_together_changes_no_number_and_binds_all_three():
+def testgradients_together_changes_no_number_and_binds_all_three():
     x, a, b = draw(0, 5, 64), draw(1, 64, 8), draw(2, 8, 32)
 
     def loss(bind, x, a, b):
@@ -185,12 +185,12 @@ def test_gradients_together_changes_no_number_and_binds_all_three():
         lambda *args: args, x, a, b
     )
     bound = jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=0)(
-        _gradients_together, x, a, b
+        gradients_together, x, a, b
     )
     for got, wanted in zip(bound, plain, strict=True):
         np.testing.assert_array_equal(got, wanted)
     jaxpr = jax.make_jaxpr(jax.grad(loss, (1, 2, 3)), static_argnums=0)(
-        _gradients_together, x, a, b
+        gradients_together, x, a, b
     )
     (barrier,) = [e for e in jaxpr.eqns if e.primitive.name == "optimization_barrier"]
     # All gradients go through one barrier, and are what is returned.
