@@ -13,6 +13,8 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from qlora_jax.interop.weights import ModelFileError
 
 if TYPE_CHECKING:
@@ -229,6 +231,37 @@ def _piece(data: bytes) -> Piece:
     return Piece(text, score, kind)
 
 
+def _checked_charsmap(data: bytes) -> bytes:
+    """Returns rules of normalization that lead nowhere outside of themselves.
+
+    They are the bytes of a table, the table (a trie as a double array of 32-bit units:
+    https://github.com/s-yata/darts-clone) and the texts that its leaves point into. The
+    library that walks it does not look where it goes.
+    """
+    if not data:
+        return data
+    size = int.from_bytes(data[:4], "little")
+    if size % 4 or not 4 <= size <= len(data) - 4:
+        raise _Malformed(f"precompiled_charsmap has a table of {size} bytes")
+    units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
+    texts = np.frombuffer(data, np.uint8, offset=4 + size)
+    try:
+        texts.tobytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise _Malformed("the texts of precompiled_charsmap are not UTF-8") from None
+    inner = units >> 31 == 0
+    inner[0] = True  # the root is walked from whatever it says
+    base = np.arange(len(units)) ^ (units >> 10 << ((units & 512) >> 6))
+    if (inner & ((base | 255) >= len(units))).any():
+        raise _Malformed("the table of precompiled_charsmap leads out of itself")
+    ends = units[base[inner & (units >> 8 & 1).astype(bool)]] & 0x7FFFFFFF
+    inside = ends < len(texts)
+    starts = (texts[ends[inside]] & 0xC0) != 0x80  # of a character
+    if not inside.all() or not starts.all():
+        raise _Malformed("precompiled_charsmap points at no text")
+    return data
+
+
 def _parsed(data: bytes) -> SentencePieceModel:
     pieces: list[Piece] = []
     trainer = normalizer = b""
@@ -259,7 +292,7 @@ def _parsed(data: bytes) -> SentencePieceModel:
         pieces,
         prefix="always" if switches.get(3, 1) else "never",
         squeezes=bool(switches.get(4, 1)),
-        charsmap=_bytes(charsmap, "precompiled_charsmap"),
+        charsmap=_checked_charsmap(_bytes(charsmap, "precompiled_charsmap")),
         unknown_id=unknown,
         bos_id=ids[0],
         eos_id=ids[1],

@@ -95,6 +95,12 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
+def mutated_end(data: bytes, rng: random.Random) -> bytes:
+    """As `mutated`, of the last quarter: settings and rules of normalization."""
+    at = len(data) * 3 // 4
+    return data[:at] + mutated(data[at:], rng)
+
+
 def mutated_json(data: bytes, rng: random.Random) -> bytes:
     """Returns a JSON text with values exchanged, or its bytes damaged."""
     if rng.random() < 0.3:
@@ -208,6 +214,7 @@ READERS: dict[str, Case] = {
         read_tokenizer,
     ),
     "tokenizer.model": ("pieces", "tokenizer.model", mutated, read_pieces),
+    "normalization": ("rules", "tokenizer.model", mutated_end, read_pieces),
     "inspect": ("llama", "model.safetensors", with_header(mutated_json), inspect),
 }
 
@@ -226,9 +233,8 @@ def prepare(folder: pathlib.Path, kind: str) -> None:
         save_gguf(model, folder / "m.gguf", tokenizer=tokenizer)
     else:
         folder.mkdir()
-        shutil.copy(
-            GOLDEN / "sentencepiece" / "llama.model", folder / "tokenizer.model"
-        )
+        name = "normalized.model" if kind == "rules" else "llama.model"
+        shutil.copy(GOLDEN / "sentencepiece" / name, folder / "tokenizer.model")
 
 
 def attempt(case: Case, folder: pathlib.Path, data: bytes, seed: int) -> str | None:

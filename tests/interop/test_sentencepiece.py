@@ -178,3 +178,26 @@ def test_a_folder_without_a_tokenizer(tmp_path):
         ModelFileError, match=r"has neither tokenizer\.json nor tokenizer\.model"
     ):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: b"\xff" * 4 + c[4:], "has a table of 4294967295 bytes"),
+        (lambda c: c[:4] + b"\xff\xff\xff\x7f" * 256 + c[4 + 1024 :], "leads out of"),
+        (lambda c: c[:-8] + b"\xff" * 8, "are not UTF-8"),
+        (
+            lambda c: c[:4] + b"\0\1" + b"\0" * 1022 + c[1028:],
+            "points at no text",
+        ),
+    ],
+)
+def test_rules_of_normalization_that_lead_astray(tmp_path, change, words):
+    """The library would walk out of the table; the reader does not let it."""
+    data = (FOLDER / "normalized.model").read_bytes()
+    rules = read_model(FOLDER / "normalized.model").charsmap
+    damaged = change(rules)
+    assert data.count(rules) == 1 and len(damaged) == len(rules)
+    (tmp_path / "tokenizer.model").write_bytes(data.replace(rules, damaged))
+    with pytest.raises(ModelFileError, match=words):
+        load_tokenizer(tmp_path)
