@@ -135,7 +135,9 @@ def measured(folder, quantize):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Times the loading of a large checkpoint.")
+    parser = argparse.ArgumentParser(
+        description="Times the loading of a large checkpoint."
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--folder", type=pathlib.Path, help="where to write it")
     parser.add_argument("--keep", action="store_true", help="do not delete it")
