@@ -283,7 +283,7 @@ _FILE_TYPES = {
 
 
 def _write_tokenizer(writer: Any, tokenizer: "Tokenizer", config: LlamaConfig) -> None:
-    from qlora_jax.interop.tokenizer import PRE_TOKENIZERS
+    from qlora_jax.interop.tokenizer_files import PRE_TOKENIZERS
 
     described = json.loads(tokenizer.backend.to_str())
     model, pre = described["model"], _pre_tokenizer(described)
@@ -349,7 +349,7 @@ def _has_prefix(described: dict[str, Any]) -> bool:
 
 def _pre_tokenizer(described: dict[str, Any]) -> str | None:
     """Returns llama.cpp's name for how a tokenizer splits a text, if it has one."""
-    from qlora_jax.interop.tokenizer import PRE_TOKENIZERS
+    from qlora_jax.interop.tokenizer_files import PRE_TOKENIZERS
 
     step = described.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
