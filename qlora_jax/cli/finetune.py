@@ -204,6 +204,7 @@ def finetune(args: Finetune) -> None:
 
     import qlora_jax as ql
     from qlora_jax import data
+    from qlora_jax.interop.peft import whole_modules
 
     # What fails in orbax's threads is raised here too, and said once.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -263,8 +264,12 @@ def finetune(args: Finetune) -> None:
         init=args.init,
         quantize=args.quantize if _changes_base(args) else None,
     )
-    trained = sum(x.size for x in jax.tree.leaves(ql.split_trainable(model)[0]))
-    print(f"Trained: {trained:,} parameters in adapters of rank {args.rank}")
+    trainable, _ = ql.split_trainable(model, also=args.also)
+    trained = sum(x.size for x in jax.tree.leaves(trainable))
+    beside = f", and {args.also}" if args.also else ""
+    print(f"Trained: {trained:,} parameters in adapters of rank {args.rank}{beside}")
+    # What cannot be written as an adapter is better said now than at the end.
+    modules = whole_modules(model, args.also) if args.also else []
 
     # A run that is taken up again has measured this already.
     before = run.recorded(step=0)
@@ -280,19 +285,21 @@ def finetune(args: Finetune) -> None:
         config,
         ql.paged(tx) if args.paged else tx,
         run=run,
-        callbacks=[ProgressBar(), SaveBest(run.folder / "best", args.model)],
+        callbacks=[ProgressBar(), SaveBest(run.folder / "best", args.model, modules)],
         evaluate=evaluate if config.eval_every else None,
     )
     after = _last_evaluation(run, config) or evaluate(model)
-    _save_adapter(model, run.folder / "adapter", args.model)
+    _save_adapter(model, run.folder / "adapter", args.model, modules)
     _finish(run, before, after, time.perf_counter() - began, config)
 
 
-def _save_adapter(model: Any, folder: pathlib.Path, base_model: str) -> None:
+def _save_adapter(
+    model: Any, folder: pathlib.Path, base_model: str, modules: Sequence[str]
+) -> None:
     import qlora_jax as ql
 
     try:
-        ql.save_adapter(model, folder, base_model=base_model)
+        ql.save_adapter(model, folder, base_model=base_model, modules_to_save=modules)
     except OSError as error:
         raise OSError(
             f"The adapter could not be written into {folder}: "
@@ -366,17 +373,18 @@ class SaveBest(Callback):
     Args:
         folder: where; replaced as a whole.
         base_model: the name that the adapter gives to its base.
+        modules: those trained whole, see `save_adapter`.
     """
 
-    def __init__(self, folder: pathlib.Path, base_model: str):
-        self.folder, self.base_model = folder, base_model
+    def __init__(self, folder: pathlib.Path, base_model: str, modules: Sequence[str]):
+        self.folder, self.base_model, self.modules = folder, base_model, modules
 
     def evaluated(
         self, step: int, numbers: Mapping[str, Any], model: Any, best: bool
     ) -> None:
         """Writes, if it is the best."""
         if best:
-            _save_adapter(model, self.folder, self.base_model)
+            _save_adapter(model, self.folder, self.base_model, self.modules)
 
 
 class Evaluation:

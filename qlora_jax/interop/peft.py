@@ -24,10 +24,18 @@ from qlora_jax.interop.hub import find_adapter
 from qlora_jax.interop.safetensors import SafetensorsFiles, read_json
 from qlora_jax.interop.safetensors import load as load_tensors
 from qlora_jax.interop.weights import ModelFileError, hf_name
+from qlora_jax.lora.adapters import trained_whole
 from qlora_jax.lora.initial import with_magnitude
 from qlora_jax.lora.lora import LoraTensor, scale_of, unwrapped
 from qlora_jax.lora.merge import one_adapter
-from qlora_jax.lora.places import listed, named_weights, opened, replace_weights
+from qlora_jax.lora.places import (
+    Targets,
+    listed,
+    named_weights,
+    opened,
+    replace_weights,
+)
+from qlora_jax.lora.tokens import fold_rows, rows_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -100,7 +108,7 @@ def save_adapter(
             `also`), as PEFT names modules: "embed_tokens", "lm_head", "norm". A tied
             embedding is written as the head too.
         token_indices: rows of the embedding that were trained, for new tokens, if the
-            rest of it was not.
+            rest of it was not. Those of `train_rows` are known without it.
         dtype: of the tensors in the file.
         module_name: how weights are called in the base's own model, for a model that
             is not `qlora_jax.Llama`.
@@ -128,6 +136,7 @@ def save_adapter(
                 key = f"base_model.model.{module}.lora_{suffix}"
                 tensors[key] = np.ascontiguousarray(array[index].T)
     config = _config(lora, base_model, module_name)
+    model, token_indices = _folded(model, token_indices, modules_to_save, module_name)
     whole = peft_whole.chosen(model, modules_to_save, module_name)
     config["modules_to_save"] = list(modules_to_save) or None
     tied = getattr(getattr(model, "config", None), "tie_embeddings", False)
@@ -142,6 +151,35 @@ def save_adapter(
         config["trainable_token_indices"] = list(token_indices)
     folder = pathlib.Path(path) if name == "default" else pathlib.Path(path) / name
     save(folder, config, tensors)
+
+
+def whole_modules(
+    model: Any, also: Targets, *, module_name: ModuleName = llama_module
+) -> list[str]:
+    """Returns the modules that `split_trainable(model, also=...)` trains whole.
+
+    Args:
+        model: a model with adapters.
+        also: as in `split_trainable`.
+        module_name: as in `save_adapter`.
+
+    Returns:
+        Their names, for `save_adapter(modules_to_save=...)`: of layers the last part.
+
+    Raises:
+        ValueError: if it names what cannot be trained whole, or a bias, which PEFT
+            files hold otherwise.
+    """
+    names = []
+    for path in sorted(trained_whole(named_weights(model), also)):
+        module = module_name(path)
+        if module.endswith(".bias"):
+            raise ValueError(
+                f"{path!r} is a bias, and an adapter's file holds only modules that "
+                "were trained whole: leave biases out of also."
+            )
+        names.append(module.rpartition(".")[2])
+    return list(dict.fromkeys(names))
 
 
 def save(
@@ -176,6 +214,26 @@ def load(
     """
     folder = pathlib.Path(folder)
     return read_json(folder / CONFIG), load_tensors(folder / WEIGHTS)
+
+
+def _folded(
+    model: Any,
+    indices: Sequence[int],
+    modules: Sequence[str],
+    module_name: ModuleName,
+) -> tuple[Any, Sequence[int]]:
+    """The model with rows in their tables, and the rows of the embedding there are."""
+    for path, table in rows_of(model).items():
+        module = module_name(path)
+        if any(module.endswith(name) for name in modules):
+            continue  # written whole
+        if not module.endswith("embed_tokens"):
+            raise ValueError(
+                f"PEFT files hold trained rows of the embedding alone, {path!r} has "
+                f"some: give modules_to_save={[module.rpartition('.')[2]]}."
+            )
+        indices = indices or np.asarray(unwrapped(table.at)).tolist()
+    return fold_rows(model), indices
 
 
 def _token_rows(

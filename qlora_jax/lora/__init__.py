@@ -20,3 +20,6 @@ from qlora_jax.lora.merge import MergeReport as MergeReport
 from qlora_jax.lora.merge import merge_lora as merge_lora
 from qlora_jax.lora.merge import unmerge_lora as unmerge_lora
 from qlora_jax.lora.plus import lora_plus as lora_plus
+from qlora_jax.lora.rows import TrainedRows as TrainedRows
+from qlora_jax.lora.tokens import fold_rows as fold_rows
+from qlora_jax.lora.tokens import train_rows as train_rows

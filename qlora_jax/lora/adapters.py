@@ -16,8 +16,9 @@ from qlora_jax.lora import initial
 from qlora_jax.lora.forms import KernelForm
 from qlora_jax.lora.lora import LoRAParam, LoraTensor, scale_of
 from qlora_jax.lora.places import (
-    BASE,
+    PARTS,
     TRAINED,
+    Partly,
     Targets,
     is_module,
     is_weight,
@@ -28,6 +29,7 @@ from qlora_jax.lora.places import (
     pattern_of,
     replace_weights,
 )
+from qlora_jax.lora.rows import TrainedRows
 from qlora_jax.quant.rules import leaf_path
 
 if TYPE_CHECKING:
@@ -155,7 +157,7 @@ def split_trainable(model: Any, *, also: Targets | None = None) -> tuple[Any, An
     structure, None standing for what is in the other part.
 
     Args:
-        model: a model with adapters in it, see `add_lora`.
+        model: a model with adapters in it, see `add_lora`, or rows, see `train_rows`.
         also: arrays to be trained whole beside the adapters, by pattern or predicate as
             in `add_lora`, biases and norms included: `"bias$|norm"`, `"embed|lm_head"`.
             They are trained in the type they have.
@@ -169,8 +171,9 @@ def split_trainable(model: Any, *, also: Targets | None = None) -> tuple[Any, An
     """
     weights = named_weights(model)
     lora = {p: w for p, w in weights.items() if isinstance(w, LoraTensor)}
-    whole = frozenset() if also is None else _trained_whole(weights, also)
-    if not lora and not whole:
+    whole = frozenset() if also is None else trained_whole(weights, also)
+    partly = any(isinstance(w, Partly) for w in weights.values())
+    if not partly and not whole:
         raise ValueError("The model holds no adapter: call add_lora first.")
     for path, lt in lora.items():
         if lt.merged is not None:
@@ -184,16 +187,18 @@ def split_trainable(model: Any, *, also: Targets | None = None) -> tuple[Any, An
         graphdef, trainable, rest = nnx.split(model, chosen, ...)
         return trainable, (graphdef, rest)
 
-    def part(emptied: Sequence[str], rest: bool):
+    def part(rest: bool):
         def take(path, leaf):
-            if isinstance(leaf, LoraTensor):
+            if isinstance(leaf, Partly):
+                trained, base = PARTS[type(leaf)]
+                own = ("key", "ids") if isinstance(leaf, LoraTensor) else ()
+                emptied = trained if rest else (*base, *own)
                 return dataclasses.replace(leaf, **dict.fromkeys(emptied))
             return leaf if rest != (leaf_path(path) in whole) else None
 
         return jax.tree_util.tree_map_with_path(take, model, is_leaf=is_weight)
 
-    held = (*BASE, "key", "ids")
-    return part(held, rest=False), part(TRAINED, rest=True)
+    return part(rest=False), part(rest=True)
 
 
 def join_trainable(
@@ -331,6 +336,10 @@ def _chosen(
             raise ValueError(
                 f"{path!r} has an adapter already: merge_lora it, or stack_adapters."
             )
+        if isinstance(weights[path], TrainedRows):
+            raise ValueError(
+                f"{path!r} has trained rows: leave it out of the targets, or fold_rows."
+            )
         if len(weights[path].shape) < 2:
             raise ValueError(
                 f"{path!r} has shape {list(weights[path].shape)} and an adapter needs "
@@ -349,8 +358,12 @@ def _is_linear(path: str, form_of: FormOf) -> bool:
     return form is not None and form.kind == "linear"
 
 
-def _trained_whole(weights: Mapping[str, Any], also: Targets) -> frozenset[str]:
-    """The paths of the arrays that `also` names."""
+def trained_whole(weights: Mapping[str, Any], also: Targets) -> frozenset[str]:
+    """Returns the paths of the arrays that `also` of `split_trainable` names.
+
+    Raises:
+        ValueError: if it names nothing, or what cannot be trained.
+    """
     fit = [
         path
         for path, w in weights.items()
@@ -360,7 +373,8 @@ def _trained_whole(weights: Mapping[str, Any], also: Targets) -> frozenset[str]:
         chosen = [path for path in weights if also(path, weights[path])]
     else:
         patterns = [also] if isinstance(also, str) else also
-        chosen = list(pattern_of(patterns, fit, what="also"))
+        of = "array that can be trained whole"
+        chosen = list(pattern_of(patterns, fit, what="also", of=of))
     for path in chosen:
         if path not in fit:
             raise ValueError(
@@ -428,17 +442,17 @@ def _join_tree(trainable: Any, frozen: Any) -> Any:
     def join(part, rest):
         if part is None or rest is None:
             return rest if part is None else part
-        if not isinstance(rest, LoraTensor):
+        if not isinstance(rest, Partly) or type(rest) is not type(part):
             raise ValueError(
                 "trainable and frozen are not of one model: an adapter meets "
                 f"{type(rest).__name__}."
             )
-        trained = {name: getattr(part, name) for name in TRAINED}
+        trained = {name: getattr(part, name) for name in PARTS[type(rest)][0]}
         return dataclasses.replace(rest, **trained)
 
     return jax.tree.map(
         join,
         trainable,
         frozen,
-        is_leaf=lambda node: node is None or isinstance(node, LoraTensor),
+        is_leaf=lambda node: node is None or isinstance(node, Partly),
     )

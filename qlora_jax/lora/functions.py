@@ -21,6 +21,7 @@ from qlora_jax.lora.layers import contract, dot_product
 from qlora_jax.lora.lora import LoraTensor
 from qlora_jax.lora.merge import merged_array
 from qlora_jax.lora.places import is_weight
+from qlora_jax.lora.rows import TrainedRows
 
 
 def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,6 +52,7 @@ def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
+        leaves = [x.array() if isinstance(x, TrainedRows) else x for x in leaves]
         is_input = [is_weight(x) or hasattr(x, "dtype") for x in leaves]
         inputs = [x for x, used in zip(leaves, is_input, strict=True) if used]
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from qlora_jax.lora.forms import Equation, KernelForm
 from qlora_jax.lora.lora import LoraTensor, Product, unwrapped
+from qlora_jax.lora.rows import TrainedRows
 from qlora_jax.quant import QuantizedTensor, dequantize
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def multiply(weight: Any, x: Any, product: Product) -> Any:
     """Returns the product of x [*batch, ..., in] with a weight [*batch, in, out]."""
     if isinstance(weight, LoraTensor):
         return weight.multiply(x, product)
+    if isinstance(weight, TrainedRows):  # a table is multiplied by its transpose
+        return weight.each(lambda w: product(x, w if weight.axis else w.T))
     if len(weight.shape) > 2:
         return jax.vmap(lambda x, w: multiply(w, x, product))(x, weight)
     return product(x, weight)
@@ -187,6 +190,8 @@ def lookup(ids: "Int[Array, '*b']", weight: Any, dtype: Any) -> "Float[Array, '*
     Raises:
         NotImplementedError: if the adapter has a magnitude.
     """
+    if isinstance(weight, TrainedRows):
+        return weight[ids].astype(dtype)
     if not isinstance(weight, LoraTensor):
         return _columns(weight, ids).astype(dtype)
     if weight.merged is not None:

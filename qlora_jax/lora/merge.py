@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from qlora_jax.lora.initial import by_matrix, dense, exact_product
 from qlora_jax.lora.lora import LoraTensor
 from qlora_jax.lora.places import map_lora, named_weights, opened
+from qlora_jax.lora.tokens import fold_rows
 from qlora_jax.quant import QuantizedTensor, quantize
 
 
@@ -87,7 +88,8 @@ def merge_lora(
 
     Returns:
         The model, its LoraTensors replaced by arrays or QuantizedTensors (or, with
-        keep_base, by LoraTensors that multiply by the merged weight).
+        keep_base, by LoraTensors that multiply by the merged weight), and rows of
+        `train_rows` written into their tables (not with keep_base).
 
     Raises:
         ValueError: if the model holds no adapter, or `adapter` does not fit.
@@ -106,6 +108,8 @@ def merge_lora(
         return dataclasses.replace(lt, merged=weight) if keep_base else weight
 
     result = map_lora(model, merged)
+    if not keep_base:
+        result = fold_rows(result)
     if report is not None:
         losses = None
         if loss is not None:

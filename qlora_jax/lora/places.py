@@ -12,6 +12,7 @@ from flax import nnx
 from qlora_jax.lora import nnx as layers
 from qlora_jax.lora.forms import KernelForm
 from qlora_jax.lora.lora import Frozen, LoRAParam, LoraTensor, unwrapped
+from qlora_jax.lora.rows import TrainedRows
 from qlora_jax.quant.rules import leaf_path
 
 # A regular expression, several of them, or a predicate over path and weight.
@@ -19,6 +20,13 @@ Targets = str | Sequence[str] | Callable[[str, Any], bool]
 
 TRAINED = ("a", "b", "magnitude")
 BASE = ("w", "square_norm", "merged")
+
+# Of a weight that is trained in part: its leaves that are, and those of the base.
+Partly = LoraTensor | TrainedRows
+PARTS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    LoraTensor: (TRAINED, BASE),
+    TrainedRows: (("rows",), ("w", "at")),
+}
 
 # Metadata of a Variable that says something of each axis.
 _OF_AXES = ("out_sharding", "sharding", "sharding_names", "mesh")
@@ -121,7 +129,11 @@ def opened(lt: LoraTensor) -> LoraTensor:
 
 
 def pattern_of(
-    patterns: Iterable[str], paths: Iterable[str], *, what: str
+    patterns: Iterable[str],
+    paths: Iterable[str],
+    *,
+    what: str,
+    of: str = "weight with two axes or more",
 ) -> dict[str, str]:
     """Returns which pattern names each path.
 
@@ -129,6 +141,7 @@ def pattern_of(
         patterns: regular expressions, to be found in the path (`re.search`).
         paths: the paths that may be named.
         what: what the patterns are called in errors.
+        of: what the paths are of, in errors.
 
     Returns:
         A dict from each path that is named to its pattern, in the order of the paths.
@@ -147,8 +160,8 @@ def pattern_of(
             ) from error
         if not any(re.search(pattern, path) for path in paths):
             raise ValueError(
-                f"{what} {pattern!r} is found in the path of no weight with two axes "
-                f"or more. Those are: {listed(paths)}."
+                f"{what} {pattern!r} is found in the path of no {of}. Those are: "
+                f"{listed(paths)}."
             )
     chosen = {}
     for path in paths:
@@ -171,21 +184,22 @@ def listed(paths: Sequence[str], limit: int = 12) -> str:
 
 def _in_module(new: Any, old: Any) -> Any:
     """Wraps a weight for a module, with the metadata of the Variable it replaces."""
-    reshaped = isinstance(new, LoraTensor) and new.form is not None
-    if isinstance(old, LoraTensor):
-        reshaped = reshaped or old.form is not None
+    reshaped = getattr(new, "form", None) is not None
+    if isinstance(old, Partly):
+        reshaped = reshaped or getattr(old, "form", None) is not None
         old = old.w
     metadata = old.get_metadata() if isinstance(old, nnx.Variable) else {}
     if reshaped:  # what names axes would name others now
         metadata = {k: v for k, v in metadata.items() if k not in _OF_AXES}
-    if not isinstance(new, LoraTensor):
+    if not isinstance(new, Partly):
         return _variable(nnx.Param, new, metadata)
     fields = {}
-    for name in TRAINED + BASE:
+    trained, base = PARTS[type(new)]
+    for name in trained + base:
         value = getattr(new, name)
         if value is None or isinstance(value, nnx.Variable):
             continue
-        if name in TRAINED:
+        if name in trained:
             fields[name] = LoRAParam(value)
         else:
             fields[name] = _variable(Frozen, value, metadata if name == "w" else {})

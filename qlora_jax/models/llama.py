@@ -345,11 +345,12 @@ class Llama(nnx.Module):
 
     def head(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b v']":
         """Returns the float32 logits of normalised hidden states."""
-        if self.config.tie_embeddings:
-            return float32_logits(x, self.embed[...], 1)
-        weight = weight_of(self.lm_head)
+        tied = self.config.tie_embeddings
+        weight, axis = weight_of(self.embed if tied else self.lm_head), int(tied)
         if isinstance(weight, jax.Array):
-            return float32_logits(x, weight, 0)
+            return float32_logits(x, weight, axis)
+        if hasattr(weight, "each"):  # a table that takes a product for each token
+            return weight.each(lambda w: float32_logits(x, w, axis))
         return (x @ weight).astype(jnp.float32)
 
     def init_cache(self, batch: int, capacity: int) -> Cache:

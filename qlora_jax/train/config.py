@@ -21,6 +21,8 @@ class TrainConfig:
     Attributes:
         rank: of the adapters.
         alpha: the adapters' output is scaled by alpha / rank.
+        also: arrays trained whole beside the adapters, a regular expression over their
+            paths ("embed|lm_head", "norm"); None for none.
         dropout: on the adapters' input; the paper has 0.1 up to 13B and 0.05 above.
         learning_rate: its largest value; the paper has 1e-4 from 33B.
         schedule: how it goes on after the warm-up: "constant", or to 0 at the last step
@@ -56,6 +58,7 @@ class TrainConfig:
 
     rank: int = 64
     alpha: float = 16.0
+    also: str | None = None
     dropout: float = 0.1
     learning_rate: float = 2e-4
     schedule: Schedule = "constant"

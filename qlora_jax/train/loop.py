@@ -56,7 +56,8 @@ def fit(
     A step whose loss or gradient is no finite number is not taken.
 
     Args:
-        model: with adapters, see `add_lora`; it stays as it was.
+        model: with adapters, see `add_lora`, and rows of new tokens, see
+            `lora.train_rows`; it stays as it was.
         batches: gives `config.batch_size` rows at a time. With a `Run` its iterator
             has `get_state()` and `set_state(state)`, as `data.Batches` has.
         config: hyperparameters; those of LoRA have been used in `add_lora`.
@@ -70,7 +71,8 @@ def fit(
             loss stays, and `config.patience` waits for a lower one.
 
     Returns:
-        The model with trained adapters (their running mean, with `config.ema`).
+        The model with trained adapters, rows and arrays of `config.also` (their
+        running mean, with `config.ema`).
 
     Raises:
         ValueError: if the run was saved with other hyperparameters, another model or
@@ -103,7 +105,7 @@ class _Loop:
     def __init__(self, model, batches, config, tx, run, callbacks, evaluate):
         self.config, self.folder, self.evaluate = config, run, evaluate
         tx = config.optimizer() if tx is None else tx
-        trainable, self.frozen = split_trainable(model)
+        trainable, self.frozen = split_trainable(model, also=config.also)
         # Copies: the step donates them.
         trainable = committed(jax.tree.map(jnp.copy, trainable))
         arrays = [trainable, committed(tx.init(trainable))]
