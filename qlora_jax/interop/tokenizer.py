@@ -242,6 +242,7 @@ def load_tokenizer(
         ModelFileError: if the files are missing or damaged.
         NotImplementedError: if the kind of tokenizer is not known.
     """
+    from qlora_jax.interop.gguf import GGUFFile
     from qlora_jax.interop.hub import find_model
     from qlora_jax.interop.tokenizer_files import from_folder, from_gguf
 
