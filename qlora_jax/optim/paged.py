@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.optim.memory import has_host_memory, to_device, to_host
 from qlora_jax.optim.pages import evaluate_by_page
@@ -125,6 +126,7 @@ def paged(
 
         def init(params):
             leaves, treedef = jax.tree.flatten(inner.init(cut(params, rows)))
+            leaves = _on_the_mesh_of(params, leaves)
             placed = [
                 to_host(x[None] if own_shapes else x) if host else x
                 for x, host in zip(leaves, hosted, strict=True)
@@ -242,10 +244,34 @@ def _check_state(state: Any, shapes: Any, grown: list[bool]) -> None:
             )
 
 
+def _on_the_mesh_of(params: Any, leaves: list[Any]) -> list[Any]:
+    """Puts state that was made on one device on all that the parameters are on.
+
+    Step counts, factored moments and scales of blocks are not made from a parameter's
+    array. In host memory they would be committed to the one device, which no program
+    over the others takes.
+    """
+    shardings = [x.sharding for x in jax.tree.leaves(params) if _is_concrete(x)]
+    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+    mesh = max(meshes, key=lambda mesh: mesh.size, default=None)
+    if mesh is None or mesh.size == 1:
+        return leaves
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return [
+        jax.device_put(x, everywhere)
+        if _is_concrete(x) and len(x.sharding.device_set) == 1
+        else x
+        for x in leaves
+    ]
+
+
+def _is_concrete(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer)
+
+
 def _on_one_device(tree: Any) -> bool:
     """Whether every leaf is concrete and on a single device."""
     return not any(
-        isinstance(x, Tracer)
-        or (isinstance(x, jax.Array) and len(x.sharding.device_set) > 1)
+        isinstance(x, Tracer) or (_is_concrete(x) and len(x.sharding.device_set) > 1)
         for x in jax.tree.leaves(tree)
     )
