@@ -8,6 +8,7 @@ errors are ValueError (ModelFileError is one) and NotImplementedError with a tex
 """
 
 import argparse
+import copy
 import json
 import pathlib
 import random
@@ -123,7 +124,7 @@ def mutated_json(data: bytes, rng: random.Random) -> bytes:
         elif isinstance(holder, dict) and rng.random() < 0.1:
             holder[rng.choice(["x", "", "\u2028"])] = holder.pop(key)
         else:
-            holder[key] = rng.choice(JSON_VALUES)
+            holder[key] = copy.deepcopy(rng.choice(JSON_VALUES))
     return json.dumps(value).encode()
 
 
