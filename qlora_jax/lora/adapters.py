@@ -26,6 +26,7 @@ from qlora_jax.lora.places import (
     listed,
     map_lora,
     named_weights,
+    opened,
     pattern_of,
     replace_weights,
 )
@@ -223,14 +224,14 @@ def join_trainable(
         The model.
 
     Raises:
-        ValueError: if the parts are not of one model, or an id is out of range.
+        ValueError: if the parts are not of one model, an adapter does not fit its
+            weight, or an id is out of range.
     """
-    if isinstance(frozen, tuple) and frozen and isinstance(frozen[0], nnx.GraphDef):
-        # Variables of this trace, not the ones in the arguments, or transforms of NNX
-        # inside of a model would refuse them under grad. No array is copied.
-        model = nnx.merge(frozen[0], trainable, frozen[1], copy=True)
-    else:
-        model = _join_tree(trainable, frozen)
+    is_nnx = isinstance(frozen, tuple) and isinstance(frozen[0], nnx.GraphDef)
+    model = (_join_module if is_nnx else _join_tree)(trainable, frozen)
+    for path, weight in named_weights(model).items():
+        if isinstance(weight, LoraTensor):
+            _check_fits(path, opened(weight))
     if key is None and adapter_ids is None:
         return model
     if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -438,6 +439,51 @@ def _check_ids(path: str, lt: LoraTensor, ids: Any) -> None:
             )
 
 
+def _join_module(trainable: Any, frozen: Any) -> Any:
+    graphdef, rest = frozen
+    try:
+        # Variables of this trace, not the ones in the arguments, or transforms of NNX
+        # inside of a model would refuse them under grad. No array is copied.
+        return nnx.merge(graphdef, trainable, rest, copy=True)
+    except (TypeError, ValueError) as error:
+        given = type(trainable).__name__
+        if isinstance(trainable, nnx.State):
+            paths = nnx.to_flat_state(trainable)
+            given = listed(["/".join(map(str, path)) for path, _ in paths])
+        raise ValueError(
+            "trainable and frozen are not of one model: the frozen part lacks other "
+            f"arrays than it is given ({given})."
+        ) from error
+
+
+def _check_fits(path: str, lt: LoraTensor) -> None:
+    """Raises unless the adapter is one of its weight."""
+    *stack, n_in, n_out = lt.shape
+    sizes = {"a": (n_in, None), "b": (None, n_out), "magnitude": (n_out,)}
+    for name, wanted in sizes.items():
+        leaf = getattr(lt, name)
+        if leaf is None and name == "magnitude":
+            continue
+        if leaf is None:
+            raise ValueError(
+                f"{path!r} was adapted and has no adapter here: trainable is of a "
+                "model with other targets."
+            )
+        shape = getattr(leaf, "shape", None)
+        if shape is None:  # a tree of something else than arrays
+            continue
+        own = shape[len(stack) :]
+        same = all(
+            w in (None, n) for w, n in zip(wanted[::-1], own[::-1], strict=False)
+        )
+        adapters = len(own) - len(wanted)
+        if list(shape[: len(stack)]) != stack or adapters not in (0, 1) or not same:
+            raise ValueError(
+                f"{path!r}: {name} has shape {list(shape)}, and the weight is "
+                f"{list(lt.shape)}: the adapter is of another base."
+            )
+
+
 def _join_tree(trainable: Any, frozen: Any) -> Any:
     def join(part, rest):
         if part is None or rest is None:
@@ -450,9 +496,12 @@ def _join_tree(trainable: Any, frozen: Any) -> Any:
         trained = {name: getattr(part, name) for name in PARTS[type(rest)][0]}
         return dataclasses.replace(rest, **trained)
 
-    return jax.tree.map(
-        join,
-        trainable,
-        frozen,
-        is_leaf=lambda node: node is None or isinstance(node, Partly),
-    )
+    is_leaf = lambda node: node is None or is_weight(node)
+    parts, treedef = jax.tree.flatten(trainable, is_leaf=is_leaf)
+    rests, other = jax.tree.flatten(frozen, is_leaf=is_leaf)
+    if treedef != other:
+        raise ValueError(
+            "trainable and frozen are not of one model: they are trees of "
+            f"{treedef.num_leaves} and {other.num_leaves} weights, in different places."
+        )
+    return treedef.unflatten(map(join, parts, rests))

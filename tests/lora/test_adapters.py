@@ -17,6 +17,7 @@ from qlora_jax.lora import (
     join_trainable,
     split_trainable,
     stack_adapters,
+    train_rows,
 )
 from qlora_jax.models import Llama, LlamaConfig
 from qlora_jax.quant import QuantizedTensor, quantize
@@ -439,3 +440,61 @@ def test_dropout_costs_no_activations():
         return sum(np.prod(shape) for shape in shapes if shape[1:3] == (4, 6))
 
     assert kept(0.1) == kept(0.0) > 0
+
+
+def _buffers(tree):
+    return {x.unsafe_buffer_pointer(): x.nbytes for x in jax.tree.leaves(tree)}
+
+
+@pytest.mark.parametrize("rows", [None, [3, 5]])
+def test_no_base_weight_is_copied(rows):
+    """Of a stacked, quantized model: by the pointers of its buffers."""
+    config = LlamaConfig(64, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2)
+    model = Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    for name in config.linear_shapes():
+        weight = getattr(model.layers, name)[...]
+        setattr(model.layers, name, nnx.Param(quantize(weight)))
+    base = _buffers(nnx.state(model))
+    adapted = add_lora(model, rank=4, dropout=0.1, key=KEY)
+    if rows is not None:
+        adapted = train_rows(adapted, {"embed|lm_head": rows})
+    trainable, frozen = split_trainable(adapted)
+    joined = join_trainable(trainable, frozen, key=KEY)
+    for one in (nnx.state(adapted), frozen[1], nnx.state(joined)):
+        assert base.keys() <= _buffers(one).keys()
+    # What the adapted model has beside them is what is trained, and which rows.
+    more = (
+        _buffers(nnx.state(adapted)).keys() - base.keys() - _buffers(trainable).keys()
+    )
+    assert len(more) == (0 if rows is None else 2)
+    assert not base.keys() & _buffers(trainable).keys()  # nothing that is donated
+
+
+def test_adapters_of_another_base():
+    """Each part names what does not fit: targets, shapes, kinds of model."""
+    first, frozen = split_trainable(add_lora(tree(), rank=4, key=KEY))
+    x = jnp.ones((5, 64))
+    wide = tree()
+    wide["layers"]["up"] = quantize(jnp.ones((3, 64, 128)))
+    other, _ = split_trainable(add_lora(wide, rank=4, key=KEY))
+    with pytest.raises(
+        ValueError, match=r"'layers/up': .*\[3, 4, 128\].*\[3, 64, 96\]"
+    ):
+        run_tree(join_trainable(other, frozen), x)
+    deep = jax.tree.map(lambda a: jnp.concatenate([a, a]), first)
+    with pytest.raises(ValueError, match=r"'layers/down': .*\[6, 96, 4\].*3, 96, 64"):
+        join_trainable(deep, frozen)
+    fewer, _ = split_trainable(add_lora(tree(), rank=4, targets="up", key=KEY))
+    with pytest.raises(ValueError, match="'layers/down' was adapted and has no"):
+        join_trainable(fewer, frozen)
+    module, rest = split_trainable(add_lora(Model(), rank=4, key=KEY))
+    with pytest.raises(ValueError, match="not of one model"):
+        join_trainable(first, rest)
+    with pytest.raises(ValueError, match="not of one model"):
+        join_trainable(module, frozen)
+    part, _ = split_trainable(add_lora(Model(), rank=4, targets="q_proj", key=KEY))
+    with pytest.raises(ValueError, match=r"not of one model: .* \(layers/q_proj/a, "):
+        join_trainable(part, rest)
+    longer = jax.tree.map(lambda a: jnp.concatenate([a, a], -1), module)
+    with pytest.raises(ValueError, match=r"'layers/down_proj': b .*\[3, 4, 128\]"):
+        join_trainable(longer, rest)
