@@ -354,6 +354,8 @@ _NUMBER = (int, float)
 # The JSON types of the fields that are read; null stands for absence.
 _HF_TYPES: dict[str, tuple[type, ...]] = {
     "architectures": (list,),
+    "model_type": (str,),
+    "hidden_act": (str,),
     "vocab_size": (int,),
     "hidden_size": (int,),
     "intermediate_size": (int,),

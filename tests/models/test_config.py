@@ -134,6 +134,11 @@ def test_factors_of_a_file():
             NotImplementedError,
             "partial_rotary_factor=0.5",
         ),
+        (
+            {"architectures": None, "model_type": ["llama"]},
+            ValueError,
+            r"model_type=\['llama'\], which is no str",
+        ),
         ({"vocab_size": None}, ValueError, "vocab_size=None must be a positive"),
     ],
 )
