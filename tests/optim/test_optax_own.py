@@ -1,9 +1,9 @@
 """optax's own tests of optimizers, as its wheel has them, over `paged(...)`.
 
 Their classes are run as they stand; only what they take for an optimizer's factory is
-replaced by one that pages every leaf of more than one number. Of the 1,131 cases those
+replaced by one that pages every leaf of more than one number. Of the 1,117 cases those
 of a few optimizers are run each time, and all of them with `QLORA_JAX_ALL_OF_OPTAX=1`
-(some 20 minutes on one core: hundreds of them train 10,000 or 30,000 steps).
+(a quarter of an hour on one core: hundreds train 10,000 or 30,000 steps).
 """
 
 import functools
