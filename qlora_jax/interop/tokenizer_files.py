@@ -30,6 +30,8 @@ def from_folder(folder: pathlib.Path) -> Tokenizer:
     if file.is_file():
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
+            for backend.encode_special_tokens in (True, False):
+                backend.encode("Some text: 1, 2.\n", add_special_tokens=False)
         # The library raises bare Exception, and panics where a file lies to it.
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | SystemExit):
