@@ -142,9 +142,8 @@ def main() -> None:
     tx = ql.paged(config.optimizer())
     shown = [ql.ProgressBar()]
     try:
-        model = ql.fit(
-            model, batches, config, tx, run=run, callbacks=shown, evaluate=measure
-        )
+        tell = {"run": run, "callbacks": shown, "evaluate": measure}
+        model = ql.fit(model, batches, config, tx, consume=True, **tell)
     except ql.Stopped as stopped:  # by SIGTERM or Ctrl-C; the state is saved
         print(f"{stopped} To go on: the same command, with --resume.")
         return

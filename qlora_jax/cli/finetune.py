@@ -287,6 +287,7 @@ def finetune(args: Finetune) -> None:
         run=run,
         callbacks=[ProgressBar(), SaveBest(run.folder / "best", args.model, modules)],
         evaluate=evaluate if config.eval_every else None,
+        consume=True,
     )
     after = _last_evaluation(run, config) or evaluate(model)
     _save_adapter(model, run.folder / "adapter", args.model, modules)

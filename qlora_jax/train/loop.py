@@ -46,6 +46,7 @@ def fit(
     run: Run | None = None,
     callbacks: Sequence[Callback] = (),
     evaluate: "Evaluate | None" = None,
+    consume: bool = False,
 ) -> Any:
     """Trains the adapters of a model.
 
@@ -57,7 +58,7 @@ def fit(
 
     Args:
         model: with adapters, see `add_lora`, and rows of new tokens, see
-            `lora.train_rows`; it stays as it was.
+            `lora.train_rows`; it stays as it was, unless `consume`.
         batches: gives `config.batch_size` rows at a time. With a `Run` its iterator
             has `get_state()` and `set_state(state)`, as `data.Batches` has.
         config: hyperparameters; those of LoRA have been used in `add_lora`.
@@ -69,6 +70,9 @@ def fit(
         evaluate: from a model to numbers, among them `eval_loss`; called every
             `config.eval_every` steps and at the end. The checkpoint of the lowest
             loss stays, and `config.patience` waits for a lower one.
+        consume: train the model's own arrays instead of a copy of them, which would
+            take the memory of the adapters once more for as long as the run; the model
+            that was given cannot be used afterwards.
 
     Returns:
         The model with trained adapters, rows and arrays of `config.also` (their
@@ -84,7 +88,7 @@ def fit(
     """
     if evaluate is None and config.eval_every:
         raise ValueError(f"{config.eval_every=} asks for evaluations: give evaluate=.")
-    loop = _Loop(model, batches, config, tx, run, callbacks, evaluate)
+    loop = _Loop(model, batches, config, tx, run, callbacks, evaluate, consume)
     with StopRequest() if run is not None else contextlib.nullcontext() as stop:
         loop.run_until(stop)
     return loop.model()
@@ -102,12 +106,13 @@ class _Taken:
 class _Loop:
     """The state of `fit`: arrays, position in the data, counts."""
 
-    def __init__(self, model, batches, config, tx, run, callbacks, evaluate):
+    def __init__(self, model, batches, config, tx, run, callbacks, evaluate, consume):
         self.config, self.folder, self.evaluate = config, run, evaluate
         tx = config.optimizer() if tx is None else tx
         trainable, self.frozen = split_trainable(model, also=config.also)
-        # Copies: the step donates them.
-        trainable = committed(jax.tree.map(jnp.copy, trainable))
+        if not consume:  # the step donates what it is given
+            trainable = jax.tree.map(jnp.copy, trainable)
+        trainable = committed(trainable)
         arrays = [trainable, committed(tx.init(trainable))]
         if config.ema:
             arrays.append(jax.tree.map(jnp.copy, trainable))

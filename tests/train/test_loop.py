@@ -55,6 +55,18 @@ def test_training_reaches_a_loss():
     assert isinstance(jax.tree.leaves(weight)[0], jax.Array)
 
 
+def test_a_model_is_kept_or_consumed():
+    results = []
+    for consume in (False, True):
+        given = adapted()
+        leaves = jax.tree.leaves(split_trainable(given)[0])
+        fitted = fit(given, batches(), SMALL, consume=consume)
+        assert [leaf.is_deleted() for leaf in leaves] == [consume] * len(leaves)
+        results.append(jax.tree.leaves(split_trainable(fitted)[0]))
+    for kept, consumed in zip(*results, strict=True):
+        np.testing.assert_array_equal(kept, consumed)
+
+
 class Killed(Exception):
     pass
 
