@@ -143,6 +143,21 @@ def from_bits(bits):
     return arith.bitcast(ir.F32Type.get(), bits)
 
 
+def mma(half: str, a: list, b: list, c: list) -> list:
+    """Returns c + a @ b, 16 rows by 16 columns by 8; `half` is "bf16" or "f16"."""
+    return list(
+        ptx(
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            *a,
+            *b,
+            *c,
+            out="ffff",
+            pure=True,
+        )
+    )
+
+
 def barrier() -> None:
     """Waits for all threads of the block."""
     gpu.barrier()

@@ -28,7 +28,8 @@ A byte of two codes becomes a pair of numbers by one load from a table of all 25
 which every lane has a copy in its own bank of shared memory, or by byte permutes (see
 `decode.py`).
 
-Here are the ops and their configuration; `matmul_sm90_body` has the kernel and
+Here are the ops and their configuration; `matmul_sm90_body` has the kernel,
+`matmul_sm90_loader` how codes and scales arrive, and
 `matmul_sm90_lanes` what one lane does.
 """
 

@@ -1,4 +1,4 @@
-"""The Hopper kernel: loader and consumers; `matmul_sm90` tells the design."""
+"""The Hopper kernel: a block's warpgroups; `matmul_sm90` tells the design."""
 
 # What `inline_mgpu` returns and the transforms are, Pallas does not say in types.
 # pyright: reportCallIssue=false, reportAbstractUsage=false
@@ -19,16 +19,15 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels import matmul_sm90_lanes as lanes
 from pallas_kernels.matmul_sm90_lanes import (
     CODES_BYTES,
-    CODES_WORDS,
     LANES,
     SPAN,
-    SPAN_BYTES,
     SPAN_STEPS,
     STEP,
     STEP_WORDS,
     TABLE_BYTES,
     TABLE_ROW,
 )
+from pallas_kernels.matmul_sm90_loader import Codes, Scales, per_lane, strided
 from pallas_kernels.matmul_sm90_schedule import Schedule
 
 # Features of a block; a warpgroup of consumers has half of them.
@@ -70,7 +69,7 @@ def scratch(dtype, spec, config) -> dict:
             (config.stages, config.tile_m, STEP), dtype, transforms=_swizzled()
         ),
         codes_smem=plgpu.SMEM((CODE_STAGES, CODES_BYTES // 4), jnp.uint32),
-        # pairs of 16-bit scales: see `_Scales.put`
+        # pairs of 16-bit scales: see `Scales.put`
         scales_smem=plgpu.SMEM((CODE_STAGES, 2 * LANES), jnp.uint32),
         out_smem=plgpu.SMEM(
             (2, OUT_SLOTS, OUT_ROWS, 64), dtype, transforms=_swizzled()
@@ -125,8 +124,8 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
 
     def load():
         plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-        codes = _Codes(forward, spec, codes_gmem)
-        scales = _Scales(forward, spec, dtype.name, scales_gmem)
+        codes = Codes(forward, spec, codes_gmem)
+        scales = Scales(forward, spec, dtype.name, scales_gmem)
         offset = scales.offset(layer)
         numbers = ()
         if spec.nested_codebook is not None:
@@ -305,20 +304,9 @@ def _write_table(pairs_gmem, table_smem, wg):
     run(pairs_gmem, table_smem, wg)
 
 
-def _per_lane(count, dtype=jnp.uint32):
-    """An array of `count` numbers of each lane of a warpgroup."""
-    layout = plgpu.Layout.WG_STRIDED((LANES * count,), vec_size=count)
-    return plgpu.ShapeDtypeStruct((LANES * count,), dtype, layout)
-
-
-def _strided(array):
-    """The layout of an array that `_per_lane` describes."""
-    return plgpu.Layout.WG_STRIDED(array.shape, vec_size=array.shape[0] // LANES)
-
-
 def _fetch_step(forward, half, codes_smem, scales_smem, wg):
     """Loads a consumer's codes and scales of step `half` of a span."""
-    out = _per_lane(STEP_WORDS), _per_lane(2 if forward else 8)
+    out = per_lane(STEP_WORDS), per_lane(2 if forward else 8)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT),
@@ -346,7 +334,7 @@ def _decode_step(forward, dtype, decoders, raw, table):
 
     @plgpu.inline_mgpu(
         arg_types=(
-            tuple(map(_strided, raw)),
+            tuple(map(strided, raw)),
             tuple(plgpu.RefType() for _ in table),
         ),
         return_type=plgpu.ShapeDtypeStruct((64, STEP), dtype, plgpu.Layout.WGMMA),
@@ -456,187 +444,3 @@ def _collect(y, shares, wg, counters, parts):
         )
 
     return run(y, counters, parts, numbers)
-
-
-class _Codes:
-    """The loader's work on codes: 16 words a lane and span, put in consumers' order."""
-
-    def __init__(self, forward, spec, gmem):
-        self.forward, self.spec, self.gmem = forward, spec, gmem
-
-    def load(self, layer, f0, span):
-        """Starts the loads of a span."""
-        out = _per_lane(CODES_WORDS)
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * 3), return_type=out
-        )
-        def read(_, ref, layer, f0, span):
-            words = []
-            places = self._places(*map(lanes.scalar, (layer, f0, span)))
-            size = CODES_WORDS // len(places)
-            kind = "global.nc.v4.b32" if size == 4 else "global.nc.b32"
-            for row, byte, rows_on in places:
-                where = lanes.row_address(ref, row, self.spec.k // 2, byte)
-                words += lanes.load(kind, where, rows_on * (self.spec.k // 2))
-            return lanes.from_registers(words, out)
-
-        return read(self.gmem, layer, f0, span)
-
-    def _places(self, layer, f0, span):
-        """Row, byte and further rows of each load: four of 16 bytes, or 16 of 4.
-
-        Beyond the last row or column any codes will do: x or the result ends there.
-        """
-        spec, lane = self.spec, lanes.lane_index()
-        row_bytes = spec.k // 2
-        source = lanes.forward_source if self.forward else lanes.backward_source
-        row, rows_on, byte = source(lane)
-        if self.forward:
-            row = f0 + row
-            byte = (byte + span * SPAN_BYTES).minimum(row_bytes - 16)
-        else:
-            row = span * SPAN + row
-            byte = ((f0 >> 1) + byte).minimum(row_bytes - 4)
-        first = layer * spec.n
-        if spec.n % SPAN:
-            return [(first + (row + i).minimum(spec.n - 1), byte, 0) for i in rows_on]
-        return [(first + row, byte, i) for i in rows_on]
-
-    def put(self, words, codes_smem):
-        """Rearranges what `load` started and stores it for the consumers."""
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _strided(words)))
-        def run(_, target, words):
-            target = lanes.address(target)
-            arrange = lanes.forward_codes if self.forward else lanes.backward_codes
-            ops = lanes.LaneOps("bfloat16")
-            for at, group in arrange(ops, lanes.registers(words), lanes.lane_index()):
-                kind = f"v{len(group)}.b32" if len(group) > 1 else "b32"
-                lanes.store(kind, target + at, group)
-
-        run(codes_smem, words)
-
-
-class _Scales:
-    """The loader's work on scales: two a lane and span, decoded and rounded.
-
-    Lane t has row t of the 128 rows of codes and its two blocks of 64 columns.
-    """
-
-    def __init__(self, forward, spec, dtype, gmem):
-        self.forward, self.spec, self.dtype, self.gmem = forward, spec, dtype, gmem
-        self.nested = spec.nested_codebook is not None
-        self.row_blocks = spec.k // spec.block_size
-        # both in one load
-        self.vector = spec.block_size == STEP and self.row_blocks % 2 == 0
-
-    def offset(self, layer):
-        """What was subtracted from the scales, one copy a lane."""
-        if not self.nested:
-            return None
-        out = _per_lane(1, jnp.float32)
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=out
-        )
-        def read(_, ref, layer):
-            where = lanes.global_address(ref, lanes.scalar(layer))
-            return lanes.from_registers(lanes.load("global.nc.f32", where), out)
-
-        return read(self.gmem[2], layer)
-
-    def load(self, layer, f0, span):
-        """Starts the loads of the scales of a span."""
-        if self.nested:
-            kinds = ("u16" if self.vector else "u8", "f32")
-            counts = (1, 1) if self.vector else (2, 2)
-            types = (jnp.uint32, jnp.float32)
-        else:
-            kinds, counts = ("v2.f32" if self.vector else "f32",), (2,)
-            types = (jnp.float32,)
-        out = tuple(map(_per_lane, counts, types))
-        refs = tuple(self.gmem[: 1 + self.nested])
-
-        @plgpu.inline_mgpu(
-            arg_types=(
-                tuple(plgpu.RefType() for _ in refs),
-                *(plgpu.Layout.WG_SPLAT,) * 3,
-            ),
-            return_type=out,
-        )
-        def read(_, refs, layer, f0, span):
-            places = self._places(*map(lanes.scalar, (layer, f0, span)))
-            results = []
-            for i, (ref, kind, struct) in enumerate(zip(refs, kinds, out, strict=True)):
-                values = []
-                for place in places:
-                    where = lanes.global_address(ref, place[i])
-                    values += lanes.load(f"global.nc.{kind}", where)
-                results.append(lanes.from_registers(values, struct))
-            return tuple(results)
-
-        return read(refs, layer, f0, span)
-
-    def _places(self, layer, f0, span):
-        """Index of the scale, and of its nested scale, of each load of a lane."""
-        spec, blocks = self.spec, self.row_blocks
-        row, column = (f0, span * SPAN) if self.forward else (span * SPAN, f0)
-        row = (row + lanes.lane_index()).minimum(spec.n - 1)
-        num_outer = -(-spec.num_blocks // spec.nested_block_size)
-        places = []
-        for half in range(1 if self.vector else 2):
-            block = (column + half * STEP) // spec.block_size
-            # beyond the last block: any scale will do, x or the result ends there
-            block = block.minimum(blocks - (2 if self.vector else 1))
-            index = row * blocks + block
-            outer = index // spec.nested_block_size
-            places.append((layer * spec.num_blocks + index, layer * num_outer + outer))
-        return places
-
-    def write_numbers(self, numbers_smem):
-        """Copies the numbers that double-quantized scales stand for."""
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-        def run(_, source, target):
-            for i in (0, LANES):
-                index = lanes.lane_index() + i
-                (number,) = lanes.load(
-                    "global.nc.b32", lanes.global_address(source, index)
-                )
-                lanes.store("b32", lanes.address(target) + index * 4, [number])
-
-        run(self.gmem[3], numbers_smem)
-
-    def put(self, raw, offset, scales_smem, *numbers_smem):
-        """Finishes what `load` started and stores it for the consumers."""
-        inputs = (*raw, offset) if self.nested else raw
-
-        @plgpu.inline_mgpu(
-            arg_types=(
-                plgpu.RefType(),
-                tuple(plgpu.RefType() for _ in numbers_smem),
-                tuple(map(_strided, inputs)),
-            )
-        )
-        def compute(_, target, numbers, inputs):
-            values, *rest = map(lanes.registers, inputs)
-            if self.nested:
-                outer, (offset,) = rest
-                if self.vector:
-                    values = [values[0] & 255, values[0] >> 8]
-                    outer = outer * 2
-                table = lanes.address(numbers[0])
-                values = [
-                    arith.addf(arith.mulf(number, by), offset)
-                    for code, by in zip(values, outer, strict=True)
-                    for number in lanes.load("shared.f32", table + code * 4)
-                ]
-            ops = lanes.LaneOps(self.dtype)
-            target = lanes.address(target)
-            offsets = lanes.scale_addresses(self.forward, lanes.lane_index())
-            kind = "b32" if self.forward else "b16"
-            for value, at in zip(values, offsets, strict=True):
-                lanes.store(kind, target + at, [ops.round_pair(value, value)])
-
-        compute(scales_smem, numbers_smem, inputs)

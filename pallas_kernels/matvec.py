@@ -149,9 +149,9 @@ def make_plan(
         candidates += candidate_tiles(m, n, k)
     for candidate in candidates:
         if isinstance(candidate, Slices):
-            plan = SlicePlan(m, n, k, candidate, grid, name, nested)
+            plan = SlicePlan(m, n, k, name, nested, candidate, grid)
         else:
-            plan = Plan(m, n, k, candidate, grid, name, spec.block_size, nested)
+            plan = Plan(m, n, k, name, nested, candidate, grid, spec.block_size)
         if plan.total_smem_bytes <= _SMEM_BYTES:
             return plan
     raise NotImplementedError(f"x of {m=} rows and {k=} does not fit {tile or 'here'}.")

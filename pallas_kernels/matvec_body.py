@@ -376,21 +376,6 @@ class Body:
         table, lane = self.table.value, self.lane_offset
         return emit.ptx("{.reg .b32 a; " + lookups + "}", word, lane, table, out="rrrr")
 
-    def mma(self, a: list, b: list, c: list) -> list:
-        """Returns c + a @ b, 16 rows of W by 16 columns by 8 rows of x."""
-        half = self.plan.ptx_type
-        return list(
-            emit.ptx(
-                f"mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32 "
-                "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-                *a,
-                *b,
-                *c,
-                out="ffff",
-                pure=True,
-            )
-        )
-
     def accumulate(self, x: emit.Int, chunk, slot, scales: list, sums: list) -> list:
         """Adds one chunk's products to `sums`."""
         plan = self.plan
@@ -412,7 +397,7 @@ class Body:
                         part = parts[group, j]
                         for s in range(0, 8, 2):
                             a = [low[s], high[s], low[s + 1], high[s + 1]]
-                            part = self.mma(a, x_words[s : s + 2], part)
+                            part = emit.mma(plan.ptx_type, a, x_words[s : s + 2], part)
                         parts[group, j] = part
                         if block + 1 < (i + 1) * plan.classes:
                             continue

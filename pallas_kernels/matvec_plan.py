@@ -48,22 +48,14 @@ class Tile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about one kernel: the problem and its tile."""
+class Problem:
+    """What a kernel computes, and how rows of x lie in the columns of B."""
 
     m: int
     n: int
     k: int
-    tile: Tile
-    grid: int
     dtype: str  # "bfloat16" or "float16": of x, of the decoded codes and of y
-    block_size: int
     nested_block_size: int | None  # None: scales are float32
-
-    @property
-    def threads(self) -> int:
-        """Threads of one block."""
-        return self.tile.threads
 
     @property
     def ptx_type(self) -> str:
@@ -84,6 +76,20 @@ class Plan:
     def x_tiles(self) -> int:
         """Fragments of eight columns of B."""
         return -(-self.m // 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Problem):
+    """Everything static about one kernel: the problem and its tile."""
+
+    tile: Tile
+    grid: int
+    block_size: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of one block."""
+        return self.tile.threads
 
     @property
     def chunks(self) -> int:

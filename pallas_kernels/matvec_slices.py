@@ -300,21 +300,6 @@ class Body:
             emit.ptx("{.reg .b32 a; " + lookups + "}", word, lane, table, out="rrrr")
         )
 
-    def mma(self, a: list, b: list, c: list) -> list:
-        """Returns c + a @ b, 16 rows of W by 16 columns by 8 rows of x."""
-        half = self.plan.ptx_type
-        return list(
-            emit.ptx(
-                f"mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32 "
-                "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-                *a,
-                *b,
-                *c,
-                out="ffff",
-                pure=True,
-            )
-        )
-
     def multiply(self, codes: list[list], scales: list, x: list) -> list:
         """The products of a unit: four sums for each eight rows of x."""
         plan = self.plan
@@ -334,7 +319,7 @@ class Body:
                         for s in range(0, 4, 2):
                             a = [low[s], high[s], low[s + 1], high[s + 1]]
                             b = x[at + s : at + s + 2]
-                            parts[chain] = self.mma(a, b, parts[chain])
+                            parts[chain] = emit.mma(plan.ptx_type, a, b, parts[chain])
             for (_, j), part in parts.items():
                 sums[j] = [
                     emit.ptx(

@@ -7,7 +7,7 @@ from pallas_kernels.matvec_plan import (
     CHUNK,
     CHUNK_BYTES,
     TABLE_BYTES,
-    padded_rows,
+    Problem,
 )
 
 
@@ -39,41 +39,16 @@ class Slices:
 
 
 @dataclasses.dataclass(frozen=True)
-class SlicePlan:
+class SlicePlan(Problem):
     """Everything static about one kernel of slices: the problem and its cut."""
 
-    m: int
-    n: int
-    k: int
     slices: Slices
     grid: int
-    dtype: str  # "bfloat16" or "float16": of x, of the decoded codes and of y
-    nested_block_size: int | None  # None: scales are float32
 
     @property
     def threads(self) -> int:
         """Threads of one block."""
         return self.slices.threads
-
-    @property
-    def ptx_type(self) -> str:
-        """The type's name in PTX."""
-        return {"bfloat16": "bf16", "float16": "f16"}[self.dtype]
-
-    @property
-    def x_rows(self) -> int:
-        """Columns of B that hold rows of x: m, padded."""
-        return padded_rows(self.m)
-
-    @property
-    def classes(self) -> int:
-        """Blocks that share one accumulator, in different columns of B."""
-        return 8 // self.x_rows if self.x_rows < 8 else 1
-
-    @property
-    def x_tiles(self) -> int:
-        """Fragments of eight columns of B."""
-        return -(-self.m // 8)
 
     @property
     def blocks(self) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import matvec, matvec_body, matvec_slices
+from pallas_kernels import emit, matvec, matvec_body, matvec_slices
 from pallas_kernels.matvec_plan import TABLE_BYTES, Tile
 from pallas_kernels.matvec_slices_plan import SlicePlan, Slices
 from pallas_kernels.packed import PackedSpec, PackedWeight
@@ -81,6 +81,7 @@ def emulate(monkeypatch, x, packed, spec, tile=None, grid=None, lazy=False):
             lazy,
         )
         monkeypatch.setattr(module, "emit", emulator)
+        monkeypatch.setattr(emit, "ptx", emulator.ptx)
         module.Body(plan, None, emulator.refs).run()
         y = emulator.refs["y"].bytes.view(x.dtype).reshape(y.shape)
     return y
