@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
@@ -114,7 +115,8 @@ _HUB_FILES = ["model*.safetensors", "adapter_model.safetensors", "tokenizer.mode
 _HUB_FILES += ["*.json", "*.jinja", "merges.txt"]
 
 
-def _from_hub(name: str, revision: str | None) -> pathlib.Path:
+def _fetched(name: str, fetch: Callable[[Any], str]) -> pathlib.Path:
+    """Returns what `fetch(huggingface_hub)` brought, or says why nothing came."""
     try:
         import huggingface_hub
     except ImportError:
@@ -123,25 +125,32 @@ def _from_hub(name: str, revision: str | None) -> pathlib.Path:
             "pip install 'qlora-jax[train]'."
         ) from None
     try:
-        folder = huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=_HUB_FILES,
-            ignore_patterns=["*/*"],
-        )
+        return pathlib.Path(fetch(huggingface_hub))
     except Exception as error:  # whatever failed on the way, the user needs one line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(
             f"{name} is neither a local path nor to be had from the hub: {reason}"
         ) from None
-    if not any(pathlib.Path(folder).glob("*.safetensors")):
+
+
+def _from_hub(name: str, revision: str | None) -> pathlib.Path:
+    folder = _fetched(
+        name,
+        lambda hub: hub.snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=_HUB_FILES,
+            ignore_patterns=["*/*"],
+        ),
+    )
+    if not any(folder.glob("*.safetensors")):
         raise ModelFileError(
             f"{name} holds no model in safetensors. If its weights are pickled (.bin), "
             "reading them can run code, so they are not read: if you trust them, "
             "convert them where transformers is installed: AutoModelForCausalLM."
             f"from_pretrained({name!r}).save_pretrained(folder)."
         )
-    return pathlib.Path(folder)
+    return folder
 
 
 def _from_wheel(model: WheelModel) -> pathlib.Path:
@@ -197,7 +206,12 @@ def load_config(
     path = pathlib.Path(name).expanduser()
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.exists()
     if on_hub and path.suffix != ".gguf":
-        path = _config_from_hub(str(name), revision)
+        path = _fetched(
+            str(name),
+            lambda hub: hub.hf_hub_download(
+                str(name), "config.json", revision=revision
+            ),
+        )
     else:
         path = find_model(name, revision)
         if path.is_file():
@@ -209,24 +223,6 @@ def load_config(
         raise ModelFileError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ModelFileError(f"{path}: {error}") from None
-
-
-def _config_from_hub(name: str, revision: str | None) -> pathlib.Path:
-    try:
-        import huggingface_hub
-
-        file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-    except ImportError:
-        raise ModelFileError(
-            f"{name} is no local path, and downloading needs huggingface_hub: "
-            "pip install 'qlora-jax[train]'."
-        ) from None
-    except Exception as error:  # whatever failed on the way, the user needs one line
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(
-            f"{name} is neither a local path nor to be had from the hub: {reason}"
-        ) from None
-    return pathlib.Path(file)
 
 
 def open_source(path: pathlib.Path) -> Source:

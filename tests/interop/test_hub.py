@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import pytest
 
 from qlora_jax.interop import hub
 from qlora_jax.interop.weights import ModelFileError
+from qlora_jax.models import config_from_hf
 from tests.conftest import ROOT
-from tests.interop.folders import write_folder
+from tests.interop.folders import LLAMA, write_folder
 
 
 @pytest.fixture
@@ -133,3 +135,28 @@ def test_the_cache_is_used_without_a_network(tmp_path):
 def test_what_is_nowhere(name):
     with pytest.raises(ModelFileError, match=f"no model at {name}. Give a folder with"):
         hub.find_model(name)
+
+
+def test_of_a_model_on_the_hub_the_config_alone_is_fetched(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, file, *, revision):
+        asked.append((name, file, revision))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert hub.load_config("owner/name", "v1") == config_from_hf(LLAMA)
+    assert asked == [("owner/name", "config.json", "v1")]
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises((ModelFileError, NotImplementedError), match="BertModel"):
+        hub.load_config("owner/name")
+
+    def fail(*_, **__):
+        raise OSError("404 not found\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(ModelFileError, match=r"from the hub: 404 not found$"):
+        hub.load_config("owner/name")
