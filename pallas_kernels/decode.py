@@ -17,7 +17,7 @@ bank of that lane, no two lanes ever meet: 64 weights a cycle and multiprocessor
 runs in a kernel (`LaneOps`) and on numpy arrays in the tests.
 """
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,16 +67,15 @@ def byte_table(codebook: tuple[float, ...], dtype: str) -> tuple[list[int], list
     return low, high
 
 
-def pair_table(
-    codebook: tuple[float, ...], dtype: str, *, first: Literal["high", "low"]
-) -> np.ndarray:
+def pair_table(codebook: tuple[float, ...], dtype: str) -> np.ndarray:
     """Both numbers of every byte of two codes.
+
+    The number of the high nibble is in the low half, which comes first in memory, as
+    the high nibble does in a packed weight.
 
     Args:
         codebook: 16 numbers.
         dtype: the 16-bit float.
-        first: which nibble gives the number in the low half, which comes first in
-            memory. In a byte of a packed weight it is the high one.
 
     Returns:
         uint32 [256].
@@ -84,9 +83,7 @@ def pair_table(
     numbers = np.array(codebook, np.float32).astype(jnp.dtype(dtype)).view(np.uint16)
     byte = np.arange(256)
     high, low = numbers[byte >> 4].astype(np.uint32), numbers[byte & 15]
-    if first == "high":
-        return high | low.astype(np.uint32) << 16
-    return high << 16 | low
+    return high | low.astype(np.uint32) << 16
 
 
 def decode_word(

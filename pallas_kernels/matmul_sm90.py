@@ -257,7 +257,7 @@ def _call(direction, x, packed, spec, config):
             packed.offset.reshape(layers),
             jnp.array(spec.nested_codebook, jnp.float32),
         ]
-    pairs = decode.pair_table(spec.codebook, x.dtype.name, first="high")
+    pairs = decode.pair_table(spec.codebook, x.dtype.name)
     workers = tuning.multiprocessors() // config.cluster
     out_type = jax.ShapeDtypeStruct(out_shape, x.dtype)
     counters = []

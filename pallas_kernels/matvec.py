@@ -58,7 +58,7 @@ def lookup_table(spec: PackedSpec, dtype) -> np.ndarray:
         uint32 [512]. Word `e` has the number of the high half of `e`, the even
         column, in its low half; words from 256 on are the bits of float32 numbers.
     """
-    pairs = pair_table(spec.codebook, jnp.dtype(dtype).name, first="high")
+    pairs = pair_table(spec.codebook, jnp.dtype(dtype).name)
     nested = np.zeros(256, np.float32)
     if spec.nested_codebook is not None:
         nested = np.asarray(spec.nested_codebook, np.float32)

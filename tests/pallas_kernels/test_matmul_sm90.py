@@ -123,7 +123,7 @@ def test_lanes_hold_the_first_operand(direction, permuted, wg, half):
     for address, count in lanes.scale_loads(forward, half, LANE, wg_register):
         scale_words += load_words(memory, address, count)
 
-    ops = LaneOps(decode.pair_table(NF4, "bfloat16", first="high"))
+    ops = LaneOps(decode.pair_table(NF4, "bfloat16"))
     decoders = [lanes.Permute(NF4, "bfloat16")] * permuted
     decoders += [lanes.Table()] * (4 - permuted)
     got = np.full((64, 64), np.nan, np.float32)
