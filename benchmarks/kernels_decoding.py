@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks import registry
-from pallas_kernels import matvec, quantize_kernel
+from pallas_kernels import matvec, quantize_kernel, reference
 from qlora_jax.quant import dequantize, quantize
 
 # k, n of Llama layers
@@ -122,6 +122,10 @@ def _dequantize(spec, _, packed):
     return quantize_kernel.dequantize(packed, spec, jnp.bfloat16)
 
 
+def _plain_dequantize(spec, _, packed):
+    return reference.dequantize(packed, spec, jnp.bfloat16)
+
+
 def _tiles(m, n, k, packed, spec, tune) -> list:
     """The default alone, or the dozen candidates before the least likely ones."""
     if not tune:
@@ -145,15 +149,14 @@ def quantizing(options: registry.Options) -> Iterator[registry.Row]:
         spec, packed = weights[0].spec, [w.packed for w in weights]
         single = dataclasses.replace(spec, nested_codebook=None)
         full = [dequantize(w, jnp.bfloat16).T for w in weights]
+        decoded_bytes = 2 + weights[0].nbytes / (n * k)
         ways = {
-            "quantize": (functools.partial(_quantize, single), full, 2.5625),
-            "dequantize": (
-                functools.partial(_dequantize, spec),
-                packed,
-                2 + weights[0].nbytes / (n * k),
-            ),
+            ("quantize", "kernel"): (_quantize, single, full, 2.5625),
+            ("dequantize", "kernel"): (_dequantize, spec, packed, decoded_bytes),
+            ("dequantize", "xla"): (_plain_dequantize, spec, packed, decoded_bytes),
         }
-        for op, (way, inputs, bytes_each) in ways.items():
+        for (op, name), (function, meaning, inputs, bytes_each) in ways.items():
+            way = functools.partial(function, meaning)
             taken = registry.seconds(way, [jnp.zeros(())], inputs, calls=len(inputs))
             floor = n * k * bytes_each / options.bandwidth
             yield registry.Row(
@@ -162,7 +165,7 @@ def quantizing(options: registry.Options) -> Iterator[registry.Row]:
                 m=0,
                 k=k,
                 n=n,
-                implementation="kernel",
+                implementation=name,
                 us=taken * 1e6,
                 bf16_us=None,
                 ratio=floor / taken,

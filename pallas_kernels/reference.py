@@ -34,36 +34,14 @@ def select_layer(packed: PackedWeight) -> PackedWeight:
     )
 
 
-def lookup(codes: jax.Array, codebook: tuple[float, ...], dtype=jnp.float32):
-    """Returns `codebook[codes]`.
+def lookup(codes: jax.Array, codebook: tuple[float, ...]) -> jax.Array:
+    """Returns float32 `codebook[codes]`, by a gather of clipped indices.
 
-    By fifteen selects where the codes have 4 bits, since a GPU's gather of so small a
-    table is far from its bandwidth; on a CPU by the gather, which is faster there.
+    On a GPU that takes 0.56 of the time of selects on the bits of a code, and 0.37 of
+    that of a gather whose indices are promised to be in bounds (docs/kernels.md).
     """
-
-    def gather(codes):
-        table = jnp.asarray(codebook, jnp.float32).astype(dtype)
-        return jnp.take(table, codes.astype(jnp.int32), mode="clip")
-
-    if len(codebook) != 16:
-        return gather(codes)
-    return lax.platform_dependent(
-        codes,
-        cpu=gather,
-        default=lambda codes: select_lookup(codes, codebook, dtype),
-    )
-
-
-def select_lookup(codes: jax.Array, codebook: tuple[float, ...], dtype) -> jax.Array:
-    """Returns `codebook[codes]` for 16 numbers, by selects on the bits of the code."""
-    numbers = list(jnp.asarray(codebook, jnp.float32).astype(dtype))
-    for bit in range(4):  # halve the candidates by each bit, lowest first
-        is_set = (codes >> jnp.uint8(bit)) & jnp.uint8(1) == 1
-        numbers = [
-            jnp.where(is_set, odd, even)
-            for even, odd in zip(numbers[::2], numbers[1::2], strict=True)
-        ]
-    return numbers[0]
+    table = jnp.asarray(codebook, jnp.float32)
+    return jnp.take(table, codes.astype(jnp.int32), mode="clip")
 
 
 def nearest_code(x: jax.Array, codebook: tuple[float, ...]) -> jax.Array:

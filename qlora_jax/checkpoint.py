@@ -106,7 +106,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
-        leaves = jax.tree.leaves(tree)
+        leaves = [_own_shard(leaf) for leaf in jax.tree.leaves(tree)]
         for leaf in leaves:
             leaf.copy_to_host_async()
         # Copies: the view of a buffer of the CPU would change when the step reuses it.
@@ -224,6 +224,16 @@ class Checkpoints:
             first = len(checkpoints) - self.owner.keep
             best = self.owner._best
             return [i >= first or c.step == best for i, c in enumerate(checkpoints)]
+
+
+def _own_shard(leaf: jax.Array) -> jax.Array:
+    """Returns the same array as another object, if one device has all of it.
+
+    An array keeps what numpy saw of it. Of an array in a GPU's pinned host memory that
+    is a view, and a buffer that is viewed cannot be donated; this object's view goes
+    with it.
+    """
+    return leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
 
 
 def _is_full(error: BaseException) -> bool:

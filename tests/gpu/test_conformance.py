@@ -28,13 +28,12 @@ SHAPES = [
 ]
 
 
-def both(op, x, w, implementation):
+def product(op, spec, implementation):
+    """The op as a compiled function of x and the packed weight."""
     from pallas_kernels import quantized_matmul, quantized_matmul_dx
 
     f = {"matmul": quantized_matmul, "matmul_dx": quantized_matmul_dx}[op]
-    return jax.jit(lambda x, p: f(x, p, w.spec, implementation=implementation))(
-        x, w.packed
-    )
+    return jax.jit(lambda x, p: f(x, p, spec, implementation=implementation))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -51,8 +50,9 @@ def test_product(implementation, op, format, dtype):
             w = quantize(weight, format, double_quant=double_quant)
             width = k if op == "matmul" else n
             x = jax.random.normal(jax.random.key(m), (m, width), jnp.dtype(dtype))
+            multiply = product(op, w.spec, implementation)
             try:
-                y = both(op, x, w, implementation)
+                y = multiply(x, w.packed)
             except NotImplementedError as error:
                 if implementation is None:
                     raise
@@ -67,7 +67,7 @@ def test_product(implementation, op, format, dtype):
             error /= np.linalg.norm(expected)
             where = f"{m=} {k=} {n=} {double_quant=}"
             assert error < MATMUL_RELATIVE[dtype], where
-            again = both(op, x, w, implementation)
+            again = multiply(x, w.packed)
             np.testing.assert_array_equal(y, again, err_msg=f"two runs, {where}")
     if implementation == "matvec" and op == "matmul_dx":
         assert not ran  # it has no backward pass

@@ -34,13 +34,6 @@ def test_lookup_is_indexing(size):
     np.testing.assert_array_equal(reference.lookup(codes, codebook), expected)
 
 
-def test_lookup_by_selects_is_indexing():
-    """The form that GPUs run, lowered for a CPU by hand."""
-    codes = jnp.arange(16, dtype=jnp.uint8)
-    selected = reference.select_lookup(codes, RAMP, jnp.float32)
-    np.testing.assert_array_equal(selected, np.asarray(RAMP, np.float32))
-
-
 def test_nearest_code_of_unsorted_numbers():
     codebook = (0.0, 1.0, -1.0, 0.5) + (0.0,) * 12
     x = jnp.asarray([-0.9, -0.5, -0.49, 0.2, 0.25, 0.26, 0.9])
