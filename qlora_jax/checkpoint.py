@@ -106,11 +106,9 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
-        leaves = [_own_shard(leaf) for leaf in jax.tree.leaves(tree)]
-        for leaf in leaves:
-            leaf.copy_to_host_async()
         # Copies: the view of a buffer of the CPU would change when the step reuses it.
-        leaves = [np.array(leaf) for leaf in leaves]
+        # One at a time, so that one at most of those on the host is on the device too.
+        leaves = [np.array(_on_device(leaf)) for leaf in jax.tree.leaves(tree)]
         self._best = best
         try:
             self._manager.save(
@@ -226,14 +224,15 @@ class Checkpoints:
             return [i >= first or c.step == best for i, c in enumerate(checkpoints)]
 
 
-def _own_shard(leaf: jax.Array) -> jax.Array:
-    """Returns the same array as another object, if one device has all of it.
+def _on_device(leaf: jax.Array) -> jax.Array:
+    """Returns the array in its device's memory, where it is in that of the host.
 
-    An array keeps what numpy saw of it. Of an array in a GPU's pinned host memory that
-    is a view, and a buffer that is viewed cannot be donated; this object's view goes
-    with it.
+    What numpy sees of an array in a GPU's pinned host memory is a view, which the array
+    keeps, and a buffer that is viewed cannot be donated.
     """
-    return leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+    if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
+        return jax.device_put(leaf, jax.memory.Space.Device)
+    return leaf
 
 
 def _is_full(error: BaseException) -> bool:
