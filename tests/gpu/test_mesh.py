@@ -1,0 +1,107 @@
+"""Kernels on the shards of a mesh of GPUs, against the float64 product."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import qlora_jax as ql
+from pallas_kernels import quantized_matmul, quantized_matmul_dx
+from qlora_jax.quant import dequantize, quantize
+from tests.tolerances import MATMUL_RELATIVE
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        jax.default_backend() == "gpu" and jax.device_count() < 2,
+        reason="needs two GPUs",
+    ),
+]
+
+OPS = {"matmul": quantized_matmul, "matmul_dx": quantized_matmul_dx}
+K, N = 4096, 2048
+
+
+@functools.cache
+def weight():
+    return quantize(jax.random.normal(jax.random.key(0), (K, N)) / K**0.5)
+
+
+def place(array, *spec):
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,))
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def relative_error(y, op, x):
+    exact = np.asarray(dequantize(weight(), jnp.float32), np.float64)
+    expected = np.asarray(x, np.float64) @ (exact if op == "matmul" else exact.T)
+    return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(
+        expected
+    )
+
+
+@pytest.mark.parametrize(
+    "rows, n_axis, k_axis",
+    [("a", None, None), (None, "a", None), (None, None, "a")],
+    ids=["rows", "n", "k"],
+)
+@pytest.mark.parametrize(
+    "implementation, op, m",
+    [
+        *((name, op, 512) for name in ("sm90", "two_pass", "sm80") for op in OPS),
+        ("matvec", "matmul", 8),
+        *((None, op, 512) for op in OPS),
+    ],
+)
+def test_product_on_two_gpus(implementation, op, m, rows, n_axis, k_axis):
+    w = weight()
+    width = K if op == "matmul" else N
+    x = jax.random.normal(jax.random.key(1), (m, width), jnp.bfloat16)
+
+    def cut(leaf):
+        axes = (n_axis, k_axis) if leaf.ndim == 2 else ()
+        return place(leaf, *axes)
+
+    multiply = jax.jit(
+        lambda x, packed: OPS[op](x, packed, w.spec, implementation=implementation)
+    )
+    y = multiply(place(x, rows), jax.tree.map(cut, w.packed))
+    assert len(y.sharding.device_set) == 2
+    assert relative_error(y, op, x) < MATMUL_RELATIVE["bfloat16"]
+
+
+def test_a_step_with_rows_and_paged_state_on_two_gpus():
+    """Data parallel: rows of x are cut, the weight and the adapter are everywhere."""
+    tree = ql.add_lora({"proj": weight()}, rank=16, alpha=16, key=jax.random.key(2))
+    trainable, frozen = ql.split_trainable(tree)
+    trainable, frozen = jax.tree.map(place, (trainable, frozen))
+    x = jax.random.normal(jax.random.key(3), (512, K), jnp.bfloat16)
+    tx = ql.paged(optax.adam(1e-3), min_size=1)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(trainable, state, frozen, x):
+        def loss(trainable):
+            y = x @ ql.join_trainable(trainable, frozen)["proj"]
+            return jnp.mean(y.astype(jnp.float32) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    def losses(x, trainable, frozen):
+        trainable = jax.tree.map(jnp.copy, trainable)
+        state, found = tx.init(trainable), []
+        for _ in range(4):
+            trainable, state, value = step(trainable, state, frozen, x)
+            found.append(float(value))
+        return found
+
+    on_two = losses(place(x, "a"), trainable, frozen)
+    first = jax.devices()[0]
+    on_one = losses(*jax.device_put((x, trainable, frozen), first))
+    assert on_two[-1] < on_two[0]
+    np.testing.assert_allclose(on_two, on_one, rtol=1e-3)
