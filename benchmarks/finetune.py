@@ -187,6 +187,8 @@ def in_process(case: Case, *, memory_cap_gb: float | None = None) -> dict:
     """
     environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     if memory_cap_gb is not None:
+        # All at once: pieces of memory that an allocator takes as it grows do not join.
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(memory_cap_gb / total_gb())
     done = subprocess.run(
         [
@@ -267,8 +269,8 @@ def main() -> None:
             print(f"{case.name}: failed\n{error}", flush=True)
             continue
         print(line(rows[-1]), flush=True)
-    if rows and not arguments.layers:
-        print(write(rows, "finetune"))
+        if not arguments.layers:
+            write(rows, "finetune")
 
 
 if __name__ == "__main__":
