@@ -81,9 +81,12 @@ class Problem:
         """What is timed, by name."""
         public, kernel = OPS[self.op]
         spec = self.spec
+        names = ["sm90", "two_pass", "xla"]
+        if self.m >= 2048:  # what the Ampere kernel is for
+            names.append("sm80")
         ways = {
             name: lambda x, p, name=name: public(x, p, spec, implementation=name)
-            for name in ("sm90", "two_pass", "xla")
+            for name in names
         }
         if not tune:
             return ways

@@ -318,6 +318,10 @@ class Emulator:
         with np.errstate(all="ignore"):
             if kind == "cvt":
                 return self._convert(op, values, f32)
+            if kind == "fma" and last.endswith("x2"):
+                half = _HALVES[last[:-2]]
+                a, b, c = (v.view(half).astype(np.float64) for v in values)
+                return (a * b + c).astype(half).view(np.uint32)
             if last == "f32" and kind != "mov":
                 return {
                     "add": lambda a, b: a + b,

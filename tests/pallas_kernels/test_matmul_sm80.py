@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import matmul_sm80
+from pallas_kernels import matmul_sm80, matmul_sm80_body, matmul_sm80_copies
+from pallas_kernels.decode import pair_table
+from pallas_kernels.matmul_sm80_copies import THREADS
 from pallas_kernels.packed import PackedWeight
 from tests.pallas_kernels.emulator import Emulator
 from tests.pallas_kernels.test_matvec import decoded, make_weight, relative_error
@@ -16,7 +18,8 @@ from tests.tolerances import MATMUL_RELATIVE
 
 def emulate(monkeypatch, x, packed, spec, transposed, lazy=False):
     """One of the products, block by block on numpy."""
-    plan = matmul_sm80.Plan(x.shape[0], spec, np.dtype(x.dtype).name, transposed)
+    name = np.dtype(x.dtype).name
+    plan = matmul_sm80.Plan(x.shape[0], spec, name, transposed)
     y = np.full((plan.m, plan.columns), np.nan, x.dtype)
     operands = {
         "x": x,
@@ -25,14 +28,16 @@ def emulate(monkeypatch, x, packed, spec, transposed, lazy=False):
         "nested_absmax": packed.nested_absmax,
         "offset": packed.offset,
         "layer": packed.layer,
-        "table": spec.nested_codebook and np.float32(spec.nested_codebook),
+        "pairs": pair_table(spec.codebook, name),
+        "map": spec.nested_codebook and np.float32(spec.nested_codebook),
     }
     operands = {k: np.array(v) for k, v in operands.items() if v is not None}
-    for block in range(plan.grid):
-        refs = {"smem": matmul_sm80.SMEM_BYTES, **operands, "y": y}
-        emulator = Emulator(256, block, refs, lazy)
-        monkeypatch.setattr(matmul_sm80, "emit", emulator)
-        matmul_sm80.Body(plan, emulator.refs).run()
+    for block in range(plan.tiles_m * plan.tiles_n):
+        refs = {"smem": plan.smem_bytes, **operands, "y": y}
+        emulator = Emulator(THREADS, block, refs, lazy)
+        monkeypatch.setattr(matmul_sm80_copies, "emit", emulator)
+        monkeypatch.setattr(matmul_sm80_body, "emit", emulator)
+        matmul_sm80_body.Body(plan, emulator.refs).run()
         y = emulator.refs["y"].bytes.view(x.dtype).reshape(y.shape)
     return y
 
@@ -73,7 +78,7 @@ def test_a_layer_of_a_stack_is_read_in_place(monkeypatch, transposed):
 
 def test_every_tile_of_the_result_is_one_block(monkeypatch):
     """With more tiles along m than a group holds, and a last group that is short."""
-    monkeypatch.setattr(matmul_sm80, "_GROUP", 2)
+    monkeypatch.setattr(matmul_sm80_copies, "GROUP", 2)
     packed, spec = make_weight(136, 64)
     x = np.random.default_rng(0).normal(size=(300, 64)).astype(jnp.bfloat16)
     y = emulate(monkeypatch, x, packed, spec, transposed=False)

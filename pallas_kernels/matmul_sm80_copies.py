@@ -1,0 +1,216 @@
+"""What a block of the Ampere matmul brings to shared memory, and where it lies there.
+
+    table, map   256 pairs of numbers, 32 copies of each; the nested codebook
+    ring         two steps of x, codes and scales
+
+Pieces of 16 bytes change places, so that reads meet in no bank.
+"""
+
+from typing import Any
+
+from pallas_kernels import emit
+
+STEP = 64  # numbers of the contracted axis
+WARP = 64  # rows and features of a warp
+WARPS_M, WARPS_N = 2, 2  # of a block, along the rows and along the features
+THREADS = 32 * WARPS_M * WARPS_N
+TILE_M, TILE_N = WARP * WARPS_M, WARP * WARPS_N
+STAGES = 2
+GROUP = 16  # tiles along m that follow each other in the grid
+TABLE_BYTES = 256 * 128
+MAP_BYTES = 1024
+X_BYTES = TILE_M * STEP * 2  # of a step
+CODES_BYTES = TILE_N * STEP // 2
+
+
+class Copies:
+    """Emits the copies of one plan, for one thread."""
+
+    def __init__(self, plan: Any, refs: dict[str, Any]):
+        self.plan, self.refs = plan, refs
+        spec = plan.spec
+        self.half = {"bfloat16": "bf16", "float16": "f16"}[plan.dtype]
+        self.tid = emit.thread_index()
+        self.lane = self.tid % 32
+        self.g, self.q = self.lane // 4, self.lane % 4
+        warp = emit.Int(
+            emit.ptx(
+                "shfl.sync.idx.b32 $0, $1, 0, 31, -1;",
+                (self.tid // 32).value,
+                out="r",
+            )
+        )
+        self.warp_m, self.warp_n = warp // WARPS_N, warp % WARPS_N
+        self.table = emit.address(refs["smem"])
+        self.map = self.table + TABLE_BYTES
+        self.ring = self.map + MAP_BYTES
+        # Tiles along m follow each other in groups, whose weight tiles stay in L2.
+        block = emit.block_index()
+        tiles_m, tiles_n = plan.tiles_m, plan.tiles_n
+        group = block // (GROUP * tiles_n)
+        first = group * GROUP
+        size = (emit.const(tiles_m) - first).min(GROUP)
+        place = block - first * tiles_n
+        self.row0 = (first + place % size) * TILE_M
+        self.column0 = place // size * TILE_N
+        layer = emit.const(0)
+        if "layer" in refs:
+            pointer = emit.address(refs["layer"]).value
+            layer = emit.Int(emit.ptx("ld.global.b32 $0, [$1];", pointer, out="r"))
+        layer = layer.wide()
+        self.codes_global = emit.address(refs["codes"]) + layer * (spec.n * spec.k // 2)
+        self.nested = spec.nested_codebook is not None
+        self.absmax = emit.address(refs["absmax"]) + layer * (
+            spec.num_blocks * (1 if self.nested else 4)
+        )
+        if self.nested:
+            num_nested = -(-spec.num_blocks // spec.nested_block_size)
+            self.nested_absmax = emit.address(refs["nested_absmax"]) + layer * (
+                4 * num_nested
+            )
+            pointer = (emit.address(refs["offset"]) + layer * 4).value
+            self.offset = emit.ptx("ld.global.nc.f32 $0, [$1];", pointer, out="f")
+
+    def fill_tables(self):
+        """Copies the pairs to shared memory, 32 times, and the nested codebook."""
+        for first in range(0, 256, THREADS):
+            entry = self.tid + first
+            source = (emit.address(self.refs["pairs"]) + entry.wide() * 4).value
+            pair = emit.ptx("ld.global.nc.b32 $0, [$1];", source, out="r")
+            for i in range(8):
+                # Neighbouring lanes write to different banks.
+                place = self.table + entry * 128 + (entry + i) % 8 * 16
+                text = "st.shared.v4.b32 [$0], {$1, $1, $1, $1};"
+                emit.ptx(text, place.value, pair)
+            if self.nested:
+                source = (emit.address(self.refs["map"]) + entry.wide() * 4).value
+                number = emit.ptx("ld.global.nc.b32 $0, [$1];", source, out="r")
+                place = self.map + entry * 4
+                emit.ptx("st.shared.b32 [$0], $1;", place.value, number)
+
+    def stage(self, step: emit.Int) -> emit.Int:
+        """The address of a step's x, codes and scales."""
+        return self.ring + step % STAGES * self.plan.stage_bytes
+
+    def load(self, step: emit.Int):
+        """Starts the copies of a step; past the last, of the last again."""
+        stage, step = self.stage(step), step.min(self.plan.steps - 1)
+        self.load_x(stage, step)
+        self.load_codes(stage + X_BYTES, step)
+        emit.ptx("cp.async.commit_group;")
+
+    def load_x(self, stage: emit.Int, step: emit.Int):
+        """Copies x, with zeros past its end; piece p of row r goes to p ^ r % 2."""
+        plan = self.plan
+        row, piece = self.tid // 8, self.tid % 8
+        column = step * STEP + piece * 8
+        # Two factors of up to 2**32 numbers: the row in 64 bits.
+        source = (self.row0 + row).wide() * (2 * plan.contracted)
+        source = emit.address(self.refs["x"]) + source + (column * 2).wide()
+        target = stage + row * 128 + (piece ^ row % 2) * 16
+        for r in range(0, TILE_M, THREADS // 8):
+            inside = []
+            if plan.m % TILE_M:
+                inside.append(self.row0 + row + r < plan.m)
+            if plan.contracted % STEP:
+                inside.append(column < plan.contracted)
+            place, start = target + r * 128, source + r * 2 * plan.contracted
+            size = emit.const(16)
+            for condition in inside:
+                size = emit.select(condition, size, emit.const(0))
+                start = emit.select(condition, start, emit.address(self.refs["x"]))
+            emit.ptx(
+                "cp.async.cg.shared.global [$0], [$1], 16, $2;",
+                place.value,
+                start.value,
+                size.value,
+            )
+
+    def load_codes(self, target: emit.Int, step: emit.Int):
+        """Copies codes; what lies past the weight's end is never used."""
+        plan, spec = self.plan, self.plan.spec
+        for i in range(TILE_N * STEP // 32 // THREADS):
+            thread = self.tid + i * THREADS
+            if plan.transposed:
+                pieces = TILE_N // 32
+                row, piece = thread // pieces, thread % pieces
+                place = self.row_place(row, piece // 2) + piece % 2 * 16
+                row = step * STEP + row
+                column = self.column0 + piece * 32
+            else:
+                row, piece = thread // 2, thread % 2
+                place = row // WARP * (WARP * 32) + row % 8 * 256
+                place = place + (row // 8 % 8 ^ row % 4) * 32 + piece * 16
+                row = self.column0 + row
+                column = step * STEP + piece * 32
+            row, column = row.min(spec.n - 1), column.min(spec.k - 32)
+            source = row * (spec.k // 2) + column // 2
+            emit.ptx(
+                "cp.async.cg.shared.global [$0], [$1], 16;",
+                (target + place).value,
+                (self.codes_global + source.wide()).value,
+            )
+
+    def row_place(self, row: emit.Int, warp: emit.Int) -> emit.Int:
+        """Where 64 codes of a row of W lie; rows 16 apart meet in no bank."""
+        return (row ^ row // 32 % 2) * 64 + (warp ^ row // 16 % 2) * 32
+
+    def scale_entries(self) -> list[emit.Int]:
+        """Which entries of a step's scales are this thread's."""
+        plan = self.plan
+        return [
+            (self.tid + i) % plan.num_scales for i in range(0, plan.num_scales, THREADS)
+        ]
+
+    def load_scales(self, step: emit.Int) -> list:
+        """What this thread's scales of a step are made of, from device memory."""
+        plan, spec = self.plan, self.plan.spec
+        step = step.min(plan.steps - 1)
+        raw = []
+        for entry in self.scale_entries():
+            if plan.transposed:
+                row = step * STEP + entry % STEP
+                column = self.column0 + entry // STEP * plan.scale_width
+            else:
+                row = self.column0 + entry % TILE_N
+                column = step * STEP + entry // TILE_N * plan.scale_width
+            row, column = row.min(spec.n - 1), column.min(spec.k - 32)
+            index = row * (spec.k // 32) + column // 32
+            index = index // (spec.block_size // 32)
+            if not self.nested:
+                pointer = (self.absmax + index.wide() * 4).value
+                raw.append(emit.ptx("ld.global.nc.f32 $0, [$1];", pointer, out="f"))
+                continue
+            pointer = (self.absmax + index.wide()).value
+            raw.append(emit.ptx("ld.global.nc.u8 $0, [$1];", pointer, out="r"))
+            index = index // spec.nested_block_size
+            pointer = (self.nested_absmax + index.wide() * 4).value
+            raw.append(emit.ptx("ld.global.nc.f32 $0, [$1];", pointer, out="f"))
+        return raw
+
+    def store_scales(self, step: emit.Int, raw: list):
+        """Decodes them; a pair of the same (forward), or 16 bits of a pair of rows."""
+        plan, raw = self.plan, list(raw)
+        target = self.stage(step) + (X_BYTES + CODES_BYTES)
+        for entry in self.scale_entries():
+            scale = raw.pop(0)
+            if self.nested:
+                scale = emit.ptx(
+                    "{.reg .b32 a; .reg .f32 v; mad.lo.u32 a, $1, 4, $2; "
+                    "ld.shared.f32 v, [a]; mul.rn.f32 v, v, $3; "
+                    "add.rn.f32 $0, v, $4;}",
+                    scale,
+                    self.map.value,
+                    raw.pop(0),
+                    self.offset,
+                    out="f",
+                )
+            if plan.transposed:
+                text = "{.reg .b16 h; cvt.rn.%s.f32 h, $1; st.shared.b16 [$0], h;}"
+                place = target + entry * 2
+            else:
+                text = (
+                    "{.reg .b32 w; cvt.rn.%sx2.f32 w, $1, $1; st.shared.b32 [$0], w;}"
+                )
+                place = target + entry * 4
+            emit.ptx(text % self.half, place.value, scale)
