@@ -27,6 +27,7 @@ _ELSEWHERE = {
     "max_seq_length": "seq_len",
     "max_steps": "steps",
     "model_name_or_path": "model",
+    "neftune_noise_alpha": "neftune_alpha",
     "num_train_epochs": "epochs",
     "optim": "algorithm",
     "output_dir": "out",

@@ -300,6 +300,7 @@ class Llama(nnx.Module):
         *,
         remat: Remat = "none",
         unroll: bool = False,
+        perturb: "Callable[[Array], Array] | None" = None,
     ) -> "Float[Array, 'b t d']":
         """Returns the normalised last hidden state; `head` makes logits of it.
 
@@ -311,6 +312,8 @@ class Llama(nnx.Module):
             unroll: compile the layers one by one instead of as one loop. Compiling
                 takes several times as long; a step without recomputation is faster,
                 since what a loop keeps for its backward is copied twice.
+            perturb: what the embeddings [b, t, d] go through before the layers, as
+                `train.neftune` gives it.
 
         Raises:
             ValueError: if `tokens` is not [b, t] or `remat` is unknown.
@@ -340,6 +343,7 @@ class Llama(nnx.Module):
             return layer(x, rotation, attend, mlp_rows)
 
         x = self.embed[...][tokens]
+        x = x if perturb is None else perturb(x)
         x = run_layers(layer, x, sliced, remat=remat, unroll=unroll)
         return rms_norm(x, self.norm, self.config.norm_eps)
 

@@ -7,6 +7,7 @@ from qlora_jax.train.evaluate import evaluate as evaluate
 from qlora_jax.train.loop import fit as fit
 from qlora_jax.train.loss import next_token_loss as next_token_loss
 from qlora_jax.train.loss import next_token_loss_sum as next_token_loss_sum
+from qlora_jax.train.neftune import neftune as neftune
 from qlora_jax.train.progress import NonfiniteError as NonfiniteError
 from qlora_jax.train.step import committed as committed
 from qlora_jax.train.step import make_train_step as make_train_step

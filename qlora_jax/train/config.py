@@ -24,6 +24,8 @@ class TrainConfig:
         also: arrays trained whole beside the adapters, a regular expression over their
             paths ("embed|lm_head", "norm"); None for none.
         dropout: on the adapters' input; the paper has 0.1 up to 13B and 0.05 above.
+        neftune_alpha: of noise on the embeddings while training, see `neftune`; its
+            paper has 5 to 15; 0 for none.
         learning_rate: its largest value; the paper has 1e-4 from 33B.
         schedule: how it goes on after the warm-up: "constant", or to 0 at the last step
             along a line or a cosine.
@@ -60,6 +62,7 @@ class TrainConfig:
     alpha: float = 16.0
     also: str | None = None
     dropout: float = 0.1
+    neftune_alpha: float = 0.0
     learning_rate: float = 2e-4
     schedule: Schedule = "constant"
     warmup_steps: int = 0
@@ -94,7 +97,7 @@ class TrainConfig:
         for name in ("dropout", "b1", "b2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
-        for name in ("weight_decay", "eval_every", "patience", "seed"):
+        for name in ("weight_decay", "neftune_alpha", "eval_every", "patience", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         for name, hint in typing.get_type_hints(type(self)).items():

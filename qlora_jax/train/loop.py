@@ -133,9 +133,10 @@ class _Loop:
             tx,
             accumulate=parts,
             loss_sum=loss_sum,
+            neftune_alpha=config.neftune_alpha,
             compiler_options=step_options(tokens // parts),
         )
-        self.dropout_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        self.key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self.callbacks = [*callbacks, run.log] if run is not None else callbacks
         self.rates = _rates(config)
         self.taken: _Taken | None = None
@@ -206,8 +207,8 @@ class _Loop:
         """Hands a step to the device, and meanwhile tells of the one before."""
         batch = {k: np.asarray(v) for k, v in next(self.iterator).items()}
         key = None
-        if self.config.dropout:
-            key = jax.random.fold_in(self.dropout_key, self.done)
+        if self.config.dropout or self.config.neftune_alpha:
+            key = jax.random.fold_in(self.key, self.done)
         trainable, state, metrics = self.step(*self.arrays[:2], self.frozen, batch, key)
         average = self.arrays[2:]
         if average:

@@ -1,6 +1,6 @@
 """The cross entropy of the next token, over a large vocabulary in chunks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ def next_token_loss_sum(
     remat: str = "full",
     unroll: bool = False,
     chunk_size: int = 512,
+    perturb: "Callable[[Array], Array] | None" = None,
 ) -> "tuple[Float[Array, ''], Float[Array, '']]":
     """Returns the summed loss of a batch and how many tokens it is the sum over.
 
@@ -28,7 +29,10 @@ def next_token_loss_sum(
     """
     tokens = jnp.asarray(batch["tokens"])
     segment_ids, positions = batch.get("segment_ids"), batch.get("positions")
-    options = {"remat": remat} | ({"unroll": True} if unroll else {})
+    # A model of another class need not know what is not asked for.
+    options: dict[str, Any] = {"remat": remat}
+    options |= {"unroll": True} if unroll else {}
+    options |= {} if perturb is None else {"perturb": perturb}
     hidden = model.hidden(tokens, segment_ids, positions, **options)
     weights = jnp.ones(tokens.shape, jnp.float32)
     if "loss_mask" in batch:
@@ -53,6 +57,7 @@ def next_token_loss(
     remat: str = "full",
     unroll: bool = False,
     chunk_size: int = 512,
+    perturb: "Callable[[Array], Array] | None" = None,
 ) -> "Float[Array, '']":
     """Returns the mean cross entropy of the tokens that are to be predicted.
 
@@ -69,11 +74,17 @@ def next_token_loss(
         remat: what the backward recomputes, see `Llama.hidden`.
         unroll: whether layers are compiled one by one, see `Llama.hidden`.
         chunk_size: tokens whose logits are in memory at a time.
+        perturb: what the embeddings go through first, as `neftune` gives it.
 
     Returns:
         In nats, float32; 0 if nothing is to be predicted.
     """
     total, count = next_token_loss_sum(
-        model, batch, remat=remat, unroll=unroll, chunk_size=chunk_size
+        model,
+        batch,
+        remat=remat,
+        unroll=unroll,
+        chunk_size=chunk_size,
+        perturb=perturb,
     )
     return total / jnp.maximum(count, 1)
