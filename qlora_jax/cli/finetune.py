@@ -25,6 +25,10 @@ from qlora_jax.train import Stopped, TrainConfig, may_change
 class Finetune(TrainConfig):
     """Finetunes a model; the adapter, the numbers and a report go into a folder.
 
+    CONFIG.yaml has a line `name: value` for each setting; flags change them.
+
+    The paper's are presets: --preset guanaco-7b, guanaco-13b, -33b or -65b.
+
     The same command goes on with a run that was ended, however it was.
 
     Attributes:
@@ -34,7 +38,8 @@ class Finetune(TrainConfig):
             '{"path": "a.jsonl", "weight": 2}'.
         eval_data: rows to evaluate on, as data.
         eval_size: without eval_data: rows of the data held out, a number or a share.
-        format: of the rows, see `qlora-jax data formats`; auto finds it by the fields.
+        format: what the rows are, see `qlora-jax data formats`; auto finds it by their
+            fields.
         answers: learn the last answer of a conversation, or all of them.
         train_on_source: learn the questions too.
         source_max_len: tokens that a question is cut to.
@@ -49,8 +54,8 @@ class Finetune(TrainConfig):
         quantize: format of the frozen weights (nf4, fp4, int8, ...); none leaves them
             as they are in the file.
         double_quant: quantize the scales of the blocks too.
-        dtype: of the rest and of the computation; auto is float32 on a CPU, where it is
-            faster, and bfloat16 elsewhere.
+        dtype: type of the rest and of the computation; auto is float32 on a CPU, where
+            it is faster, and bfloat16 elsewhere.
         revision: branch, tag or commit of a model on the hub.
         targets: which weights get adapters, a regular expression over their paths; None
             for all linear layers.
@@ -138,6 +143,29 @@ class Finetune(TrainConfig):
         return dataclasses.replace(config, steps=math.ceil(self.epochs * batches))
 
 
+# What belongs together in the help, most needed first.
+_GROUPS = {
+    "model": ("model", "revision", "quantize", "double_quant", "dtype"),
+    "data": (
+        "data", "eval_data", "eval_size", "format", "chat_template", "answers",
+        "train_on_source", "seq_len", "source_max_len", "target_max_len",
+        "truncate_source", "packing", "group_by_length", "skip_bad_rows",
+    ),
+    "adapter": (
+        "rank", "alpha", "dropout", "targets", "also", "init", "rslora", "dora",
+    ),
+    "training": (
+        "steps", "epochs", "batch_size", "learning_rate", "schedule", "warmup_steps",
+        "algorithm", "b1", "b2", "weight_decay", "lora_plus", "max_grad_norm",
+        "neftune_alpha", "ema", "seed",
+    ),
+    "memory": ("accumulate", "paged", "remat", "unroll", "chunk_size"),
+    "evaluation": (
+        "eval_every", "patience", "samples", "sample_tokens", "mmlu", "mmlu_shots",
+        "mmlu_limit",
+    ),
+    "run": ("out", "resume", "save_every", "keep", "max_skipped"),
+}  # fmt: skip
 # Of what only shows how it goes: it may change when a run is taken up again.
 _SHOWN = {"samples", "sample_tokens", "mmlu", "mmlu_shots", "mmlu_limit"}
 
@@ -149,27 +177,8 @@ def options(argv: Sequence[str]) -> Finetune:
     values = {} if path is None else read_yaml(path, Finetune)
     if name is not None:
         values = {**PRESETS[name], **values}
-    # A stand-in until the flags are read: that there are data is checked after.
-    default = _unchecked(values)
     prog = "qlora-jax finetune [CONFIG.yaml] [--preset NAME]"
-    found = parse(_Flags, argv, prog, default)
-    return Finetune(**{f.name: getattr(found, f.name) for f in _fields()})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flags(Finetune):
-    __doc__ = Finetune.__doc__
-
-    def __post_init__(self):
-        """Checks nothing: values are complete only when all flags are read."""
-
-
-def _fields() -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(Finetune)
-
-
-def _unchecked(values: Mapping[str, Any]) -> _Flags:
-    return _Flags(**values)
+    return parse(Finetune, argv, prog, values=values, groups=_GROUPS)
 
 
 def _preset(argv: Sequence[str]) -> tuple[str | None, list[str]]:

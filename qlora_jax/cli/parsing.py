@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import json
 import pathlib
@@ -40,7 +41,12 @@ _ELSEWHERE = {
 
 
 def parse[Options](
-    options: type[Options], argv: Sequence[str], prog: str, default: Any = None
+    options: type[Options],
+    argv: Sequence[str],
+    prog: str,
+    *,
+    values: Mapping[str, Any] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Options:
     """Returns the options that a command line gives.
 
@@ -48,7 +54,9 @@ def parse[Options](
         options: a dataclass; its docstring has the help of every field.
         argv: flags, and positional arguments where the dataclass has some.
         prog: what the usage calls the program.
-        default: an instance that the flags change; None for the dataclass's defaults.
+        values: of fields in groups, instead of the dataclass's defaults.
+        groups: what the help calls some options -> their fields, each in one group;
+            None for one list in the order of the dataclass.
 
     Raises:
         ValueError: if a flag is unknown (with the nearest one) or a value is wrong.
@@ -56,11 +64,12 @@ def parse[Options](
     """
     import tyro
 
+    names = [field.name for field in dataclasses.fields(options)]  # pyright: ignore
+    shape = options if groups is None else _grouped(options, groups, values or {})
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            kwargs = {} if default is None else {"default": default}
-            return tyro.cli(options, args=list(argv), prog=prog, **kwargs)
+            found = tyro.cli(shape, args=list(argv), prog=prog)
     except SystemExit as end:
         if not end.code:
             raise
@@ -68,11 +77,42 @@ def parse[Options](
         words, meant = _plain(said.getvalue())
         unknown = re.match(r"Unrecognized options: --([\w-]+)", words)
         if unknown:
-            names = [field.name for field in dataclasses.fields(options)]  # pyright: ignore
             near = nearest(unknown[1].replace("-", "_"), names)
             meant = meant if near is None else "--" + near.replace("_", "-")
             words += f" Perhaps you meant {meant}." if meant else ""
         raise ValueError(f"{words} See {command} --help.") from None
+    if groups is None:
+        return found
+    parts = [vars(part) for part in vars(found).values()]
+    return options(**{name: value for part in parts for name, value in part.items()})
+
+
+def _grouped(
+    options: type, groups: Mapping[str, Sequence[str]], values: Mapping[str, Any]
+) -> Any:
+    """Returns a dataclass with one for each group in it, as tyro takes it.
+
+    They check nothing: values are complete only when all flags are read.
+    """
+    import tyro
+
+    hints = typing.get_type_hints(options)
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    defaults |= values
+    described = [inspect.cleandoc(c.__doc__ or "") for c in options.__mro__[:-1]]
+    after = [part for d in described for part in d.split("Attributes:\n")[1:]]
+    attributes = "\n".join(part.split("\n\n")[0] for part in after)
+    parts: list[tuple[str, type, Any]] = []
+    for name, members in groups.items():
+        part = dataclasses.make_dataclass(
+            name,
+            [(n, hints[n], dataclasses.field(default=defaults[n])) for n in members],
+        )
+        part.__doc__ = f"\n\nAttributes:\n{attributes}"
+        parts.append((name, part, dataclasses.field(default_factory=part)))
+    whole = dataclasses.make_dataclass(options.__name__, parts)
+    whole.__doc__ = described[0].split("\n\nAttributes:")[0]
+    return tyro.conf.OmitArgPrefixes[whole]
 
 
 def _plain(box: str) -> tuple[str, str | None]:

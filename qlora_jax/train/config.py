@@ -19,28 +19,34 @@ class TrainConfig:
     """Hyperparameters of a run; the defaults are those of QLoRA's paper at 7B.
 
     Attributes:
-        rank: of the adapters.
+        rank: inner dimension of the adapters.
         alpha: the adapters' output is scaled by alpha / rank.
         also: arrays trained whole beside the adapters, a regular expression over their
             paths ("embed|lm_head", "norm"); None for none.
-        dropout: on the adapters' input; the paper has 0.1 up to 13B and 0.05 above.
-        neftune_alpha: of noise on the embeddings while training, see `neftune`; its
+        dropout: rate of it on the adapters' input; the paper has 0.1 up to 13B and
+            half of that above.
+        neftune_alpha: size of NEFTune's noise on the embeddings while training; its
             paper has 5 to 15; 0 for none.
-        learning_rate: its largest value; the paper has 1e-4 from 33B.
-        schedule: how it goes on after the warm-up: "constant", or to 0 at the last step
-            along a line or a cosine.
-        warmup_steps: it rises from 0 over so many steps.
-        algorithm: "adamw", or "adamw8bit" and "lion8bit" with states of 8 bits.
-        b1: its decay of the mean.
-        b2: its decay of the square; Lion's of the momentum.
-        weight_decay: its decoupled decay.
+        learning_rate: the largest there is; the paper has 1e-4 from 33B.
+        schedule: how the learning rate goes on after the warm-up: "constant", or to 0
+            at the last step along a line or a cosine.
+        warmup_steps: the learning rate rises from 0 over so many steps.
+        algorithm: the optimizer: "adamw", "adamw8bit" or "lion8bit"; the last two have
+            states of 8 bits.
+        b1: decay of the mean of gradients that the optimizer keeps.
+        b2: decay of the mean of their squares; of Lion's momentum.
+        weight_decay: what each step takes of the trained weights themselves, times the
+            learning rate.
         lora_plus: learning rate of the factor b over that of a; LoRA+ has 16.
         max_grad_norm: gradients of a larger global norm are scaled down to it.
         steps: optimizer steps.
         batch_size: rows of an optimizer step.
-        accumulate: in how many parts, one after another, those rows are computed.
+        accumulate: in how many parts, one after another, the rows of a step are
+            computed.
         seq_len: tokens of a row.
-        remat: what the backward recomputes, see `Llama.hidden`.
+        remat: what the backward recomputes of a layer, to save memory: "full" is all,
+            and so is "offload", with its input on the host; "attention" is all but
+            that, and with "none" it is nothing that takes long.
         unroll: compile layers one by one: longer to compile, and faster with
             remat="none".
         chunk_size: tokens whose logits are in memory at a time.
@@ -52,7 +58,7 @@ class TrainConfig:
         save_every: optimizer steps between checkpoints.
         keep: how many of the last checkpoints stay; the best one stays beside them.
         max_skipped: stop when so many steps in a row had no finite gradient.
-        seed: of the adapters, the order of the rows, and dropout.
+        seed: of the adapters, the order of the rows, dropout and noise.
 
     Raises:
         ValueError: if a number is out of its range, or the parts do not divide a batch.

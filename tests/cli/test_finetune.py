@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from qlora_jax.callbacks import ProgressBar
-from qlora_jax.cli.finetune import Finetune, options
+from qlora_jax.cli.finetune import _GROUPS, Finetune, options
 from qlora_jax.cli.main import main
 from qlora_jax.cli.presets import PRESETS
 from tests.interop.folders import write_folder
@@ -230,3 +230,16 @@ def test_every_flag_has_help(capsys):
         if isinstance(field.default, bool):  # "--x, --no-x help"
             own = parts[parts.index(own) + 1]
         assert re.search(r"[a-z]{2,} [a-z]+.*\(default", own), own
+
+
+def test_the_help_has_every_setting_in_a_group_and_names_the_presets(capsys):
+    grouped = [name for names in _GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(f.name for f in dataclasses.fields(Finetune))
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    text = capsys.readouterr().out
+    assert text.index("--model") < text.index("--data ") < text.index("--rank")
+    for name in _GROUPS:
+        assert f"{name} options" in text
+    assert "guanaco-7b, guanaco-13b, -33b or -65b" in text
+    assert list(PRESETS) == [f"guanaco-{size}b" for size in (7, 13, 33, 65)]
