@@ -11,10 +11,10 @@ library, and needs neither an account nor a GPU. With them it takes yours:
 """
 
 import argparse
-import dataclasses
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ SMALL = ql.TrainConfig(
 
 
 def parse() -> argparse.Namespace:
-    """Returns the command line; every hyperparameter of TrainConfig is a flag."""
+    """Returns the command line; the hyperparameters of TrainConfig are flags."""
     parser = argparse.ArgumentParser(description="Finetune a Llama in 4 bits.")
     add = parser.add_argument
     add("--model", default="SmolLM2-135M-Instruct", help="folder, .gguf or hub name")
@@ -48,9 +48,13 @@ def parse() -> argparse.Namespace:
     add("--eval-rows", type=int, default=64, help="rows that are held out")
     add("--out", help="folder of the run; default: runs/<model>")
     add("--resume", action="store_true", help="go on with the run in that folder")
-    for field in dataclasses.fields(ql.TrainConfig):
-        flag, default = "--" + field.name.replace("_", "-"), getattr(SMALL, field.name)
-        add(flag, type=type(default), default=default, help=f"default {default}")
+    for name, default in vars(SMALL).items():
+        kind: dict[str, Any] = {"type": type(default)}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        if name != "also":  # arrays trained whole are saved otherwise than below
+            flag = "--" + name.replace("_", "-")
+            add(flag, default=default, help=f"default {default}", **kind)
     return parser.parse_args()
 
 
@@ -73,31 +77,26 @@ def main() -> None:
     began = time.perf_counter()
     args = parse()
     # Whatever is wrong with the call is said here, before anything takes long.
-    try:
-        names = [field.name for field in dataclasses.fields(ql.TrainConfig)]
-        config = ql.TrainConfig(**{name: getattr(args, name) for name in names})
-        name = pathlib.Path(args.model).name.removesuffix(".gguf")
-        folder = args.out or f"runs/{name}"
-        settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
-        run = ql.Run(folder, settings, resume=args.resume)
-        train_rows, held_out_rows = conversations(args)
-        path = ql.find_model(args.model)
-        tokenizer = ql.load_tokenizer(path)
-        print(f"Model: {path}")
-        encode = ql.data.Encoder(tokenizer).encode
-        rows, length = config.batch_size, config.seq_len
-        batches = ql.data.Batches(
-            encode(train_rows), batch_size=rows, seq_len=length, seed=config.seed
-        )
-        held_out = ql.data.in_order(
-            encode(held_out_rows), batch_size=rows, seq_len=length
-        )
-        print(f"Data: {len(train_rows)} rows, and {len(held_out_rows)} held out")
-        # Matmuls in bfloat16 are what a GPU is for; a CPU is faster in float32.
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        model = ql.load_model(path, quantize=args.quantize, dtype=dtype)
-    except (ValueError, NotImplementedError) as error:
-        sys.exit(f"finetune_llama.py: {error}")
+    given = vars(args)
+    config = ql.TrainConfig(**{k: given[k] for k in vars(SMALL) if k in given})
+    name = pathlib.Path(args.model).name.removesuffix(".gguf")
+    folder = args.out or f"runs/{name}"
+    settings = {k: v for k, v in given.items() if k not in ("out", "resume")}
+    run = ql.Run(folder, settings, resume=args.resume)
+    train_rows, held_out_rows = conversations(args)
+    path = ql.find_model(args.model)
+    tokenizer = ql.load_tokenizer(path)
+    print(f"Model: {path}")
+    encode = ql.data.Encoder(tokenizer).encode
+    rows, length = config.batch_size, config.seq_len
+    batches = ql.data.Batches(
+        encode(train_rows), batch_size=rows, seq_len=length, seed=config.seed
+    )
+    held_out = ql.data.in_order(encode(held_out_rows), batch_size=rows, seq_len=length)
+    print(f"Data: {len(train_rows)} rows, and {len(held_out_rows)} held out")
+    # Matmuls in bfloat16 are what a GPU is for; a CPU is faster in float32.
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    model = ql.load_model(path, quantize=args.quantize, dtype=dtype)
 
     # The frozen base: 4-bit codes, 8-bit scales, and scales of those.
     frozen = [
@@ -172,4 +171,8 @@ def is_quantized(weight) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    # A wrong call, a full disk, a loss that is no number: one line says what to do.
+    except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
+        sys.exit(f"finetune_llama.py: {error}")

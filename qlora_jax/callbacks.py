@@ -1,6 +1,7 @@
 """What happens beside the training: progress shown, numbers written down."""
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from qlora_jax import memory
+
+_SECONDS_BETWEEN_LINES = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +140,13 @@ class ProgressBar(Callback):
     """Shows loss, learning rate, gradient norm, throughput, memory and time left.
 
     A bar that moves on a terminal; elsewhere, as in a log, a line every tenth of the
-    run. Needs `rich` on a terminal.
+    run, and ten minutes after the last line. Needs `rich` on a terminal.
     """
 
     def __init__(self):
         self._progress: Any = None
         self._seconds: list[float] = []
+        self._silent = 0.0
 
     def start(self, step: int, steps: int) -> None:
         """Draws the bar."""
@@ -154,8 +158,8 @@ class ProgressBar(Callback):
             progress.TextColumn("step {task.completed}/{task.total}"),
             progress.BarColumn(),
             progress.TextColumn("{task.fields[numbers]}"),
-            progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
+            progress.TextColumn("left"),
         )
         self._progress.start()
         self._task = self._progress.add_task(
@@ -165,20 +169,27 @@ class ProgressBar(Callback):
     def step(self, report: StepReport) -> None:
         """Moves the bar."""
         self._seconds.append(report.seconds)
+        self._silent += report.seconds
         if self._progress is not None:
             self._progress.update(
                 self._task, completed=report.step, numbers=_numbers(report)
             )
-        elif report.step % max(report.steps // 10, 1) == 0:
+        elif self._is_due(report):
+            self._silent = 0.0
             # The first step of a run is mostly compilation.
             usual = sorted(self._seconds)[len(self._seconds) // 2]
-            left = usual * (report.steps - report.step)
+            left = round(usual * (report.steps - report.step))
             width = len(str(report.steps))
             print(
                 f"step {report.step:{width}}/{report.steps}  {_numbers(report)}  "
-                f"{left:,.0f} s left",
+                f"{datetime.timedelta(seconds=left)} left",
                 flush=True,
             )
+
+    def _is_due(self, report: StepReport) -> bool:
+        """Whether a log has a line of this step."""
+        tenth = report.step % max(report.steps // 10, 1) == 0
+        return tenth or self._silent >= _SECONDS_BETWEEN_LINES
 
     def evaluated(
         self, step: int, numbers: Mapping[str, Any], model: Any, best: bool

@@ -67,18 +67,24 @@ class Checkpoints:
         """
         # The last ones, the best, and the one that is being written.
         wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) * (self.keep + 2)
-        parent = self.folder
-        while not parent.exists():
-            parent = parent.parent
-        held = sum(f.stat().st_size for f in parent.rglob("*") if f.is_file())
-        held = held if parent == self.folder else 0
-        free = shutil.disk_usage(parent).free + held
+        held = 0
+        if self.folder.exists():
+            files = self.folder.rglob("*")
+            held = sum(f.stat().st_size for f in files if f.is_file())
+        free = self._free() + held
         if free < wanted:
             raise CheckpointError(
                 f"{self.folder} needs room for {self.keep + 2} checkpoints, "
-                f"{wanted / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left. "
+                f"{_size(wanted)}, and the disk has {_size(free)} left. "
                 "Free some, choose another folder, or keep fewer checkpoints."
             )
+
+    def _free(self) -> int:
+        """Returns how many bytes the disk of the folder has left."""
+        parent = self.folder
+        while not parent.exists():
+            parent = parent.parent
+        return shutil.disk_usage(parent).free
 
     def save(
         self,
@@ -106,6 +112,13 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
+        # orbax would find out too, in many threads, each with a word of its own.
+        wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        if (free := self._free()) < wanted:
+            raise self._not_written(
+                f"the disk is full, it has {_size(free)} left and {_size(wanted)} are "
+                "needed"
+            )
         # Copies: the view of a buffer of the CPU would change when the step reuses it.
         # One at a time, so that one at most of those on the host is on the device too.
         leaves = [np.array(_on_device(leaf)) for leaf in jax.tree.leaves(tree)]
@@ -189,6 +202,9 @@ class Checkpoints:
         # Of the whole tale of tensorstore the user needs the reason.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         reason = "the disk is full" if _is_full(error) else reason or repr(error)
+        return self._not_written(reason)
+
+    def _not_written(self, reason: str) -> CheckpointError:
         last = "There is no whole one yet"
         if self._last_whole is not None:
             last = f"The last whole one is of step {self._last_whole}"
@@ -239,6 +255,11 @@ def _is_full(error: BaseException) -> bool:
     """Whether there was no room, on the disk, in a quota or under a file's limit."""
     words = ("No space left", "Disk quota exceeded", "File too large", "ENOSPC")
     return any(word in str(error) for word in words)
+
+
+def _size(nbytes: int) -> str:
+    unit, name = (1e9, "GB") if nbytes >= 1e9 else (1e6, "MB")
+    return f"{nbytes / unit:.1f} {name}"
 
 
 def _numbered(leaves: list[Any]) -> dict[str, Any]:

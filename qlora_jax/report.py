@@ -13,9 +13,11 @@ _SHOWN = {
     "eval_loss": ("Held-out loss after", "{:.4f}"),
     "perplexity": ("Perplexity after", "{:.2f}"),
     "mmlu": ("MMLU after", "{:.1%}"),
-    "best_step": ("Best step", "{}"),
+    "best_eval_loss": ("Lowest held-out loss while training", "{:.4f}"),
+    "best_step": ("Steps until then", "{}"),
     "skipped": ("Steps skipped (no finite gradient)", "{}"),
     "seconds": ("Seconds", "{:,.0f}"),
+    "tokens_per_s_median": ("Tokens a second, median of the steps", "{:,}"),
     "peak_rss_gb": ("Peak memory of the process, GB", "{:.2f}"),
     "peak_device_gb": ("Peak memory of the device, GB", "{:.2f}"),
 }

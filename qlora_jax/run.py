@@ -68,6 +68,8 @@ class Run:
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self._check(resume, may_change)
         _check_writable(self.folder)
+        if (self.folder / "config.yaml").is_file():
+            self._lock()
 
     def _check(self, resume: bool, may_change: Collection[str]) -> None:
         import yaml
@@ -102,7 +104,6 @@ class Run:
                 f"{self.folder} holds a run with other settings: {', '.join(changed)}. "
                 "Give the same ones to go on with it, or choose another folder."
             )
-        self._lock()
 
     def _lock(self) -> None:
         """Holds the folder against other processes, as long as this one lives.
@@ -139,10 +140,13 @@ class Run:
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved != self._data:
+            found = _differences(saved, self._data)
+            # Hashes of all of it tell less than what they are of.
+            telling = [line for line in found if not line.startswith("fingerprint")]
             raise ValueError(
                 f"{self.folder} holds a run that began with other data: "
-                f"{'; '.join(_differences(saved, self._data)[:3])}. Give the same ones "
-                "to go on with it, or choose another folder."
+                f"{'; '.join((telling or found)[:3])}. Give the same ones to go on "
+                "with it, or choose another folder."
             )
 
     @property
@@ -205,7 +209,7 @@ def _check_writable(folder: pathlib.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may try the same
     except OSError as error:
         raise ValueError(
             f"{folder} cannot be written ({error.strerror}); choose another folder."
@@ -216,16 +220,27 @@ def _check_writable(folder: pathlib.Path) -> None:
                 path.rmdir()
 
 
+def _path_of(*entries: Any) -> str | None:
+    """Returns the file that both entries are of, None if there is no such one."""
+    paths = {e.get("path") for e in entries if isinstance(e, dict)}
+    return f"{paths.pop()}:" if len(paths) == 1 and None not in paths else None
+
+
 def _differences(saved: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(saved, dict) and isinstance(now, dict):
         keys = [k for k in {**saved, **now} if saved.get(k) != now.get(k)]
-        parts = [
-            _differences(saved.get(k), now.get(k), f"{name}.{k}".strip("."))
-            for k in keys
-        ]
+        parts = [_differences(saved.get(k), now.get(k), _joined(name, k)) for k in keys]
         return [line for part in parts for line in part]
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
         pairs = enumerate(zip(saved, now, strict=True))
-        parts = [_differences(a, b, f"{name}[{i}]") for i, (a, b) in pairs if a != b]
+        parts = [
+            _differences(a, b, _path_of(a, b) or f"{name}[{i}]")
+            for i, (a, b) in pairs
+            if a != b
+        ]
         return [line for part in parts for line in part]
     return [f"{name} is {now!r} (there: {saved!r})"]
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name} {key}" if name.endswith(":") else f"{name}.{key}".strip(".")

@@ -130,8 +130,26 @@ def test_too_small_a_disk_is_said_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     checkpoints.check_room({"a": jnp.zeros(16)})
-    with pytest.raises(CheckpointError, match="needs room for 4 checkpoints"):
-        checkpoints.check_room({"a": jnp.zeros(32)})
+    words = r"needs room for 4 checkpoints, 0\.1 MB, and the disk has 0\.0 MB left"
+    with pytest.raises(CheckpointError, match=words):
+        checkpoints.check_room({"a": jnp.zeros(4000)})
+
+
+def test_a_disk_that_has_filled_up_is_said_before_anything_is_written(
+    tmp_path, monkeypatch
+):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, tree(), {})
+    checkpoints.wait()
+    room = shutil.disk_usage(tmp_path)._replace(free=2 * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    words = (
+        r"full, it has 2\.0 MB left and 4\.0 MB are needed. The last whole one is of"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        checkpoints.save(2, {"a": jnp.zeros(10**6)}, {})
+    assert checkpoints.steps() == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
 
 
 def test_another_tree_is_refused(tmp_path):

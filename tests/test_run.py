@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -91,7 +92,15 @@ def test_progress_in_a_log_is_ten_plain_lines(capsys):
     assert lines[0].startswith(
         "step  2/20  loss 2.500  rate 0.001  gradient 0.5  200 tokens/s"
     )
-    assert lines[0].endswith("9 s left")
+    assert lines[0].endswith(" GB  0:00:09 left")
+    # A long run says something every ten minutes.
+    bar = ProgressBar()
+    bar.start(0, 2000)
+    for step in range(1, 5):
+        bar.step(dataclasses.replace(report(step), steps=2000, seconds=300.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/")[0] for line in lines] == ["step    2", "step    4"]
+    assert lines[0].endswith("6 days, 22:30:00 left")
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
@@ -130,15 +139,24 @@ def test_what_may_change_may_change(tmp_path):
 
 
 def test_other_data_are_refused(tmp_path):
-    manifest = {"sources": [{"path": "a.jsonl", "sha256": "12"}], "seed": 0}
+    manifest: dict = {"sources": [{"path": "a.jsonl", "sha256": "12"}], "seed": 0}
+    manifest["fingerprint"] = "1"
     run = Run(tmp_path, SETTINGS)
     run.check_data(manifest)
     run.record(step=0)
     again = Run(tmp_path, SETTINGS, resume=True)
     again.check_data(manifest)
-    words = r"other data: sources\[0\].sha256 is '34' \(there: '12'\)"
+    words = r"other data: a.jsonl: sha256 is '34' \(there: '12'\)\. Give"
+    other = {"path": "a.jsonl", "sha256": "34"}
     with pytest.raises(ValueError, match=words):
-        again.check_data({"sources": [{"path": "a.jsonl", "sha256": "34"}], "seed": 0})
+        again.check_data({**manifest, "fingerprint": "2", "sources": [other]})
+    other = {"path": "b.jsonl", "sha256": "12"}
+    words = r"sources\[0\].path is 'b.jsonl' \(there: 'a.jsonl'\)"
+    with pytest.raises(ValueError, match=words):
+        again.check_data({**manifest, "sources": [other]})
+    # Of the whole it is told where there is nothing else to tell.
+    with pytest.raises(ValueError, match=r"other data: fingerprint is '2'"):
+        again.check_data({**manifest, "fingerprint": "2"})
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
@@ -152,6 +170,12 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot be written \(Permission denied\)"):
         Run(tmp_path / "a" / "b", SETTINGS)
     assert not (tmp_path / "a").exists()
+    # One that holds a run already too.
+    monkeypatch.undo()
+    Run(tmp_path / "run", SETTINGS).record(step=0)
+    monkeypatch.setattr(pathlib.Path, "touch", read_only)
+    with pytest.raises(ValueError, match=r"run cannot be written \(Permission denied"):
+        Run(tmp_path / "run", SETTINGS, resume=True)
 
 
 def test_the_report_shows_answers_before_and_after(tmp_path):

@@ -70,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
 def _show(args: Show) -> None:
     from qlora_jax.data import preview
 
+    if not args.data:
+        raise ValueError("say what to show: qlora-jax data show FILE --model M.")
     given = dataclasses.asdict(args)
     del given["data"], given["model"], given["revision"]
     tokenizer = load_tokenizer(args.model, args.revision, None)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -112,13 +113,13 @@ class Finetune(TrainConfig):
             )
         if self.eval_every and not self.eval_data and not self.eval_size:
             raise ValueError(
-                f"{self.eval_every=} asks for evaluations: give --eval-size or "
-                "--eval-data."
+                f"eval_every={self.eval_every} asks for evaluations: give --eval-size "
+                "or --eval-data."
             )
         if self.epochs < 0 or self.samples < 0 or self.sample_tokens < 1:
             raise ValueError(
-                f"{self.epochs=} and {self.samples=} must not be negative, "
-                f"{self.sample_tokens=} at least 1."
+                f"epochs={self.epochs} and samples={self.samples} must not be "
+                f"negative, sample_tokens={self.sample_tokens} at least 1."
             )
 
     @property
@@ -251,7 +252,7 @@ def finetune(args: Finetune) -> None:
     if finished and _is_all(finished, config):
         print(
             f"{run.folder} is finished: {finished['step']} steps. For a new run give "
-            "another --out; to go on with this one, more --steps."
+            f"another --out; to go on with this one, more {_more(finished)}."
         )
         return
     evaluate = Evaluation(args, prepared, tokenizer)
@@ -327,6 +328,10 @@ def _is_all(finished: Mapping[str, Any], config: TrainConfig) -> bool:
     return finished["step"] >= config.steps or patience == config.patience > 0
 
 
+def _more(finished: Mapping[str, Any]) -> str:
+    return "--patience" if finished.get("ended_by_patience") else "--steps"
+
+
 def _last_evaluation(run: Run, config: TrainConfig) -> dict[str, Any] | None:
     """Returns the numbers of an evaluation after the last step, if there was one."""
     lines = [x for x in run.log.read() if "eval_loss" in x and x["step"] > 0]
@@ -347,15 +352,19 @@ def _finish(
 
     lines = run.log.read()
     steps = [line for line in lines if "loss" in line]
-    best = [line["step"] for line in lines if line.get("best")]
+    best = [line for line in lines if line.get("best")]
     last = steps[-1]["step"] if steps else 0
     extra: dict[str, Any] = {
         "skipped": steps[-1]["skipped"] if steps else 0,
         "seconds": round(seconds, 1),
         "training_seconds": round(sum(line["seconds"] for line in steps), 1),
     }
+    if steps:
+        rates = [line["tokens_per_s"] for line in steps]
+        extra["tokens_per_s_median"] = round(statistics.median(rates))
     if best:
-        extra["best_step"] = best[-1]
+        extra["best_step"] = best[-1]["step"]
+        extra["best_eval_loss"] = best[-1]["eval_loss"]
     if last < config.steps:
         extra["ended_by_patience"] = config.patience
     if (peak := memory.device_peak_gb()) is not None:
@@ -370,7 +379,13 @@ def _finish(
         )
     if "eval_loss" in before:
         fell = before["eval_loss"] - after["eval_loss"]
-        print(f"Held-out loss after: {after['eval_loss']:.3f} (fell by {fell:.3f})")
+        change = f"fell by {fell:.3f}" if fell >= 0 else f"rose by {-fell:.3f}"
+        print(f"Held-out loss after: {after['eval_loss']:.3f} ({change})")
+    if best and best[-1]["step"] != last:
+        print(
+            f"Best held-out loss: {best[-1]['eval_loss']:.3f} after "
+            f"{best[-1]['step']} steps, in best/"
+        )
     written = ["adapter/", "report.md", "metrics.jsonl", "config.yaml"]
     written += ["best/"] if best else []
     print(f"Written: {run.folder}/ ({', '.join(written)})")

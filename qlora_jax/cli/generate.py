@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
     if (args.prompt is None) == (args.file is None):
         raise ValueError("give one of --prompt TEXT and --file FILE.")
     if args.batch_size < 1:
-        raise ValueError(f"{args.batch_size=} must be at least 1.")
+        raise ValueError(f"batch_size={args.batch_size} must be at least 1.")
     texts = _prompts(args)
     model, tokenizer = args.load()
     rows = []
@@ -122,12 +122,13 @@ def _prompts(args: Generate) -> list[str]:
 
     path = str(args.file)
     # Other separators of lines, as U+2028, belong to the text.
-    lines = [line for line in read_text(path).split("\n") if line.strip()]
-    if path.endswith(".jsonl"):
-        lines = [_field(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
-    if not lines:
+    lines = enumerate(read_text(path).split("\n"), 1)
+    prompts = [(i, line) for i, line in lines if line.strip()]
+    if not prompts:
         raise ValueError(f"{path} holds no prompts.")
-    return lines
+    if path.endswith(".jsonl"):
+        return [_field(line, f"{path}, line {i}") for i, line in prompts]
+    return [line for _, line in prompts]
 
 
 def _field(line: str, where: str) -> str:

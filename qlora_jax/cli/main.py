@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for a wrong call, 1 for what failed on the way.
     """
     if argv is None:
-        argv, sys.excepthook = sys.argv[1:], _tell_of_main_thread
+        argv = sys.argv[1:]
+        _quiet_writers()
     argv = list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
@@ -69,12 +71,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say("interrupted.", INTERRUPTED)
 
 
-def _tell_of_main_thread(kind: Any, error: Any, trace: Any) -> None:
-    """Tells of what nobody caught, but not of the threads that write checkpoints.
+def _quiet_writers() -> None:
+    """Keeps the threads that write checkpoints from telling what is told once.
 
     A write that fails is raised where it is waited for; the pieces of it that are still
-    under way then fail too, each with a traceback of its own, wherever it is noticed.
+    under way then fail too, each with a traceback of its own, wherever it is noticed:
+    by Python, by the loop of events, or where C++ calls Python and has nobody to tell.
     """
+    sys.excepthook, sys.unraisablehook = _tell_of_main_thread, _tell_unless_closed
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _tell_unless_closed(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def _tell_of_main_thread(kind: Any, error: Any, trace: Any) -> None:
     in_main = threading.current_thread() is threading.main_thread()
     if in_main and str(error) != "Event loop is closed":
         sys.__excepthook__(kind, error, trace)

@@ -109,8 +109,9 @@ class TokenCache:
                     self._write(entry, source, encoder, bad, sha256)
                 except OSError as error:
                     raise DataError(
-                        f"The cache {self.folder} cannot be written ({error}); name "
-                        "another folder with cache_dir=."
+                        f"The cache {self.folder} cannot be written "
+                        f"({error.strerror or error}); name another folder by "
+                        "$QLORA_JAX_CACHE or cache_dir=."
                     ) from None
                 continue
             try:
@@ -123,7 +124,8 @@ class TokenCache:
             return Encoded(documents, sha256, **{name: meta[name] for name in told})
         raise DataError(
             f"The cache {self.folder} does not keep what is written into it: do other "
-            "processes remove it? Name another folder with cache_dir=."
+            "processes remove it? Name another folder by $QLORA_JAX_CACHE or "
+            "cache_dir=."
         )
 
     def _write(

@@ -68,9 +68,11 @@ class EncodingOptions:
 
     def __post_init__(self):
         if self.answers not in ("last", "all"):
-            raise ValueError(f"{self.answers=} must be 'last' or 'all'.")
+            raise ValueError(f"answers={self.answers!r} must be 'last' or 'all'.")
         if self.truncate_source not in ("right", "left"):
-            raise ValueError(f"{self.truncate_source=} must be 'right' or 'left'.")
+            raise ValueError(
+                f"truncate_source={self.truncate_source!r} must be 'right' or 'left'."
+            )
         for name in ("source_max_len", "target_max_len"):
             limit = getattr(self, name)
             if limit is not None and limit < 1:

@@ -85,6 +85,8 @@ def preview(
     for row in range(min(count, len(rows))):
         documents = [rows.documents[i] for i in rows.documents_of(row)]
         parts += _shown(row, documents, rows, tokenizer)
+    if bad.count:
+        parts.append(f"--- {bad.count} bad rows left out, the first: {bad.first}\n")
     left_out = counts.empty_answers + rows.documents.left_out
     if left_out:
         parts.append(

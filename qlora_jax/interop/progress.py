@@ -72,8 +72,8 @@ def _bar(what: str, total: int) -> Any:
         progress.BarColumn(),
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
-        progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
+        progress.TextColumn("left"),
         console=console.Console(stderr=True),
     )
     bar.add_task(what, total=total)

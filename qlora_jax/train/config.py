@@ -116,13 +116,17 @@ class TrainConfig:
                 )
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"{self.batch_size=} must be a multiple of {self.accumulate=}."
+                f"batch_size={self.batch_size} must be a multiple of "
+                f"accumulate={self.accumulate}."
             )
         if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"{self.warmup_steps=} must be at most {self.steps=}.")
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be at most steps={self.steps}."
+            )
         if self.patience and not self.eval_every:
             raise ValueError(
-                f"{self.patience=} counts evaluations: say how often by eval_every."
+                f"patience={self.patience} counts evaluations: say how often by "
+                "eval_every."
             )
 
     def learning_rates(self) -> optax.Schedule:

@@ -87,7 +87,9 @@ def fit(
         CheckpointError: if a checkpoint could not be written.
     """
     if evaluate is None and config.eval_every:
-        raise ValueError(f"{config.eval_every=} asks for evaluations: give evaluate=.")
+        raise ValueError(
+            f"eval_every={config.eval_every} asks for evaluations: give evaluate=."
+        )
     loop = _Loop(model, batches, config, tx, run, callbacks, evaluate, consume)
     with StopRequest() if run is not None else contextlib.nullcontext() as stop:
         loop.run_until(stop)

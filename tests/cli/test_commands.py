@@ -43,11 +43,11 @@ def test_a_prompt_is_answered(model, capsys, tmp_path, monkeypatch):
 
 def test_wrong_prompts(model, capsys, tmp_path):
     command = ["generate", "--model", model]
-    (tmp_path / "p.jsonl").write_text('{"prompt": 3}')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n\n{"prompt": 3}')
     for arguments, words in [
         ([], "give one of --prompt TEXT and --file FILE"),
         (["--file", "absent"], "absent cannot be read"),
-        (["--file", str(tmp_path / "p.jsonl")], "line 1 has no text in a field prompt"),
+        (["--file", str(tmp_path / "p.jsonl")], "line 3 has no text in a field prompt"),
         (["--prompt", "x", "--top-p", "2"], "top_p=2.0 in (0, 1]"),
         (["--prompt", "x", "--chat-template", "no"], "must be Jinja source or one of"),
     ]:
@@ -98,6 +98,8 @@ def test_rows_are_shown_as_the_model_sees_them(model, capsys, tmp_path):
     assert "Say 1" in shown and "One." in shown
     assert main(["data", "formats"]) == 0
     assert "alpaca" in said(capsys)
+    assert main(["data", "show"]) == 2
+    assert "say what to show: qlora-jax data show FILE" in capsys.readouterr().err
     assert main(["data", "show", "absent.jsonl", "--model", model]) == 2
     assert "There is no data file absent.jsonl" in capsys.readouterr().err
     assert main(["data"]) == 2 and main(["data", "-h"]) == 0

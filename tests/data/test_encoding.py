@@ -219,8 +219,8 @@ def test_refusals():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"answers": "first"}, "self.answers='first' must be 'last' or 'all'"),
-        ({"truncate_source": "up"}, "self.truncate_source='up' must be 'right' or"),
+        ({"answers": "first"}, "answers='first' must be 'last' or 'all'"),
+        ({"truncate_source": "up"}, "truncate_source='up' must be 'right' or"),
         ({"source_max_len": 0}, "source_max_len=0 must be at least 1, or None"),
         ({"chat_template": "vicuna"}, "chat_template='vicuna' must be Jinja source or"),
     ],

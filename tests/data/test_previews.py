@@ -73,4 +73,8 @@ def test_bad_rows_are_named(tmp_path):
     path = write_lines(tmp_path / "bad.jsonl", [ALPACA, {"instruction": "x"}])
     with pytest.raises(DataError, match=r"bad.jsonl, line 2 has no field 'output'"):
         preview(path, TOKENIZER)
-    assert "Add." in preview(path, TOKENIZER, skip_bad_rows=1, file=io.StringIO())
+    text = preview(path, TOKENIZER, skip_bad_rows=1, file=io.StringIO())
+    assert "Add." in text
+    last = text.splitlines()[-1]
+    assert last.startswith("--- 1 bad rows left out, the first: ")
+    assert "bad.jsonl, line 2 has no field 'output'" in last

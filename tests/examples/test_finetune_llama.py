@@ -122,9 +122,14 @@ def test_what_is_wrong_is_said_in_one_line(assets, finished):
         ((model, rows, taken), "holds a run already: add --resume to go on with it"),
         ((model, rows, taken, "--resume", "--seed", "5"), "seed=5 (there: 0)"),
         ((model, rows, assets / "new", "--rank", "0"), "rank=0 must be at least 1"),
+        ((model, rows, assets / "new", "--rank", "99"), "rank=99 of 'layers/"),
+        ((model, rows, taken, "--unroll", "--remat", "x"), "remat='x' must be one of"),
     ]:
         done = run(*arguments)
         assert done.returncode == 1
-        (line,) = done.stderr.splitlines()
+        # A machine that is busy tells how far reading the model is.
+        said = [x for x in done.stderr.splitlines() if not x.startswith("Loading ")]
+        assert len(said) == 1, done.stderr
+        (line,) = said
         assert line.startswith("finetune_llama.py: ") and words in line
     assert not (assets / "new").exists()

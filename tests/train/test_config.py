@@ -33,7 +33,7 @@ def test_schedules():
         ({"rank": 0}, "rank=0 must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
         ({"batch_size": 6, "accumulate": 4}, "batch_size=6 must be a multiple of"),
-        ({"warmup_steps": 9}, "warmup_steps=9 must be at most self.steps=6"),
+        ({"warmup_steps": 9}, "warmup_steps=9 must be at most steps=6"),
     ],
 )
 def test_wrong_settings(change, words):
