@@ -110,7 +110,8 @@ class JsonlLog(Callback):
         del fields["steps"]
         if report.mfu is None:
             del fields["mfu"]
-        self.write(**fields, tokens_per_s=report.tokens_per_s)
+        peak = round(memory.peak_gb(), 3)
+        self.write(**fields, tokens_per_s=report.tokens_per_s, peak_gb=peak)
 
     def evaluated(
         self, step: int, numbers: Mapping[str, Any], model: Any, best: bool
@@ -149,7 +150,9 @@ class ProgressBar(Callback):
         self._silent = 0.0
 
     def start(self, step: int, steps: int) -> None:
-        """Draws the bar."""
+        """Draws the bar, and says where a run that is taken up again goes on."""
+        if step:
+            print(f"Going on after step {step} of {steps}", flush=True)
         if not sys.stdout.isatty():
             return
         from rich import progress

@@ -40,6 +40,7 @@ def test_a_run_writes_its_settings_numbers_and_picture(tmp_path):
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 2]
     assert lines[1]["loss"] == 2.0 and lines[1]["tokens_per_s"] == 200
+    assert 0.05 < lines[1]["peak_gb"] < 100
     assert lines[-1]["finished"] and lines[-1]["eval_loss"] == 1.0
     assert 0.05 < summary["peak_rss_gb"] < 100
     for name in ("loss.png", "curves.png"):
@@ -113,7 +114,9 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     assert bar._progress.tasks[0].completed == 6
     assert "loss 2.500  rate 0.001" in bar._progress.tasks[0].fields["numbers"]
     bar.evaluated(6, {"eval_loss": 2.0, "samples": []}, None, True)
-    assert "step 6: eval loss 2 (best)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("Going on after step 5 of 20\n")
+    assert "step 6: eval loss 2 (best)" in said
     bar.end()
     assert isinstance(bar._progress.console, rich.console.Console)
 

