@@ -39,6 +39,8 @@ class Run:
             command serves first and again.
         may_change: names of settings that a run taken up again may have otherwise, see
             `train.may_change`.
+        defaults: what settings were before there were such, so that a run begun by an
+            earlier version goes on.
 
     Attributes:
         folder: where.
@@ -57,10 +59,12 @@ class Run:
         *,
         resume: bool = False,
         may_change: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
     ):
         self.folder = pathlib.Path(folder)
         # As it will be read back: tuples become lists, paths text.
-        self._settings = json.loads(json.dumps(dict(settings), default=str))
+        self._settings = _as_read(settings)
+        self._defaults = _as_read(defaults or {})
         self._data: Mapping[str, Any] | None = None
         self._begun = False
         self._lock_file: int | None = None
@@ -93,6 +97,7 @@ class Run:
                 "choose another folder."
             )
         saved = yaml.safe_load(config.read_text(encoding="utf-8"))
+        saved = self._defaults | saved
         names = (saved.keys() | self._settings.keys()) - set(may_change)
         changed = [
             f"{name}={self._settings.get(name)!r} (there: {saved.get(name)!r})"
@@ -134,7 +139,7 @@ class Run:
         Raises:
             ValueError: if the run that is there began with other data.
         """
-        self._data = json.loads(json.dumps(dict(manifest), default=str))
+        self._data = _as_read(manifest)
         path = self.folder / "data.json"
         if not path.is_file():
             return
@@ -190,6 +195,10 @@ class Run:
         self.record(step=last, finished=True, **summary)
         write_report(self.folder)
         return summary
+
+
+def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(values), default=str))
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -141,6 +141,17 @@ def test_what_may_change_may_change(tmp_path):
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 2
 
 
+def test_a_setting_that_there_was_not_had_its_default(tmp_path):
+    Run(tmp_path, SETTINGS).record(step=0)
+    now = SETTINGS | {"noise": 0.0, "names": ()}
+    defaults = {"noise": 0.0, "names": (), "model": "default"}
+    Run(tmp_path, now, resume=True, defaults=defaults)
+    with pytest.raises(ValueError, match=r"settings: noise=5.0 \(there: 0.0\)\. Give"):
+        Run(tmp_path, now | {"noise": 5.0}, resume=True, defaults=defaults)
+    with pytest.raises(ValueError, match=r"names=\[\] \(there: None\), noise=0.0"):
+        Run(tmp_path, now, resume=True)
+
+
 def test_other_data_are_refused(tmp_path):
     manifest: dict = {"sources": [{"path": "a.jsonl", "sha256": "12"}], "seed": 0}
     manifest["fingerprint"] = "1"

@@ -222,7 +222,14 @@ def finetune(args: Finetune) -> None:
     # Whatever is wrong with the call is said before anything takes long.
     free = may_change(args.schedule) | _SHOWN
     free -= {"steps"} if args.epochs else set()
-    run = Run(args.folder, args.settings(), resume=args.resume, may_change=free)
+    usual = {field.name: field.default for field in dataclasses.fields(args)}
+    run = Run(
+        args.folder,
+        args.settings(),
+        resume=args.resume,
+        may_change=free,
+        defaults={name: usual[name] for name in args.settings()},
+    )
     path = ql.find_model(args.model, args.revision)
     tokenizer = ql.load_tokenizer(path)
     print(f"Model: {path}")
