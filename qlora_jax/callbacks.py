@@ -155,15 +155,7 @@ class ProgressBar(Callback):
             print(f"Going on after step {step} of {steps}", flush=True)
         if not sys.stdout.isatty():
             return
-        from rich import progress
-
-        self._progress = progress.Progress(
-            progress.TextColumn("step {task.completed}/{task.total}"),
-            progress.BarColumn(),
-            progress.TextColumn("{task.fields[numbers]}"),
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("left"),
-        )
+        self._progress = _bar()
         self._progress.start()
         self._task = self._progress.add_task(
             "", total=steps, completed=step, numbers=""
@@ -213,6 +205,23 @@ class ProgressBar(Callback):
         """Leaves the bar as it is."""
         if self._progress is not None:
             self._progress.stop()
+
+
+def _bar() -> Any:
+    """Returns a bar with the numbers of the step under it: one line is not enough."""
+    from rich import progress, text
+
+    class Bar(progress.Progress):
+        def get_renderables(self):
+            yield from super().get_renderables()
+            yield from (text.Text(task.fields["numbers"]) for task in self.tasks)
+
+    return Bar(
+        progress.TextColumn("step {task.completed}/{task.total}"),
+        progress.BarColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("left"),
+    )
 
 
 def _numbers(report: StepReport) -> str:

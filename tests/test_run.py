@@ -121,6 +121,24 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     assert isinstance(bar._progress.console, rich.console.Console)
 
 
+def test_the_bar_fits_on_a_terminal_of_80_columns(monkeypatch, capsys):
+    import rich.console
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    bar = ProgressBar()
+    bar.start(0, 1875)
+    numbers = {"steps": 1875, "tokens": 16 * 512, "mfu": 0.55, "learning_rate": 2e-4}
+    bar.step(dataclasses.replace(report(120, 2.512), **numbers))
+    bar.end()
+    capsys.readouterr()
+    page = rich.console.Console(width=80)
+    page.print(bar._progress.get_renderable())
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 120/1875 ") and first.endswith(" left")
+    assert second.startswith("loss 2.512  rate 0.0002  gradient 0.5  16,384 tokens/s  ")
+    assert second.endswith(" GB") and "MFU 55%" in second
+
+
 def test_what_is_no_number_is_null_and_what_is_half_a_line_is_gone(tmp_path):
     run = Run(tmp_path / "run", SETTINGS)
     run.record(step=0, eval_loss=float("nan"), samples=[{"x": float("inf")}])

@@ -62,6 +62,11 @@ class Progress:
         )
 
 
+def _short(what: str) -> str:
+    """Returns both ends of what is longer than a bar has room for, as a path is."""
+    return what if len(what) <= 30 else f"{what[:8]}…{what[-21:]}"
+
+
 def _bar(what: str, total: int) -> Any:
     try:
         from rich import console, progress
@@ -76,6 +81,6 @@ def _bar(what: str, total: int) -> Any:
         progress.TextColumn("left"),
         console=console.Console(stderr=True),
     )
-    bar.add_task(what, total=total)
+    bar.add_task(_short(what), total=total)
     bar.start()
     return bar

@@ -49,3 +49,12 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
         shown.advance(3_000_000)
     drawn = capsys.readouterr().err
     assert "Loading m" in drawn and "4.0/4.0 MB" in drawn and "left" in drawn
+
+
+def test_a_bar_has_room_beside_a_long_path(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    with Progress(f"Loading /a/{'long/' * 20}way/to/stories260K", 4_000_000) as shown:
+        shown.advance(4_000_000)
+    drawn = capsys.readouterr().err
+    assert "Loading …ng/way/to/stories260K " in drawn and "4.0/4.0 MB" in drawn
