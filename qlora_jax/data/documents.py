@@ -111,6 +111,12 @@ class Documents(Sequence[Example]):
             truncated=self.truncated[indices],
         )
 
+    def learnable(self, seq_len: int) -> "Bool[np.ndarray, 'n']":
+        """Returns which documents have something to learn when cut to `seq_len`."""
+        ends = np.minimum(self.stops, self.starts + seq_len)
+        stops = np.where(self.divisible, self.stops, ends)
+        return dataclasses.replace(self, stops=stops).target_counts > 0
+
     def fitted(self, seq_len: int) -> "Documents":
         """Returns the documents cut to `seq_len`, those with nothing to learn left out.
 

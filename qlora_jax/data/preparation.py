@@ -1,8 +1,9 @@
 """From files and options to the batches of a run: the one function that a run calls."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from qlora_jax.data.batching import Batch, Rows
 from qlora_jax.data.cache import Encoded, TokenCache
 from qlora_jax.data.chat_tokenizer import ChatTokenizer
+from qlora_jax.data.conversations import DataError
 from qlora_jax.data.documents import Documents
 from qlora_jax.data.encoding import Encoder, EncodingOptions, Example
 from qlora_jax.data.mixture import Mixture, load_grain
@@ -199,9 +201,12 @@ def prepare(
     train = [part.documents for part in read]
     held_out = [part.documents for part in read_to_evaluate]
     if eval_size:
-        train, held_out = hold_out(train, eval_size, seed)
+        train, held_out = hold_out(train, eval_size, seed, seq_len)
     weights = [s.weight for s in train_sources if s.weight is not None]
-    rows = [Rows(part, seq_len, packing=packing) for part in train]
+    rows = []
+    for source, part in zip(train_sources, train, strict=True):
+        with _named(source):
+            rows.append(Rows(part, seq_len, packing=packing))
     mixture = Mixture(
         rows,
         weights or None,
@@ -211,7 +216,10 @@ def prepare(
         process_index=process_index,
         process_count=process_count,
     )
-    held_out = [part.fitted(seq_len) for part in held_out if len(part)]
+    for i, part in enumerate(held_out):
+        with _named((other or train_sources)[i]):
+            held_out[i] = part.fitted(seq_len) if len(part) else part
+    held_out = [part for part in held_out if len(part)]
     evaluation = [
         batch
         for part in held_out
@@ -254,6 +262,15 @@ def prepare(
     return Prepared(mixture, evaluation, held_out, statistics, manifest)
 
 
+@contextlib.contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """What is wrong with documents is said of the source that they are of."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{source.path}: {error}") from None
+
+
 def _described(source: Source, read: Encoded) -> dict[str, Any]:
     return {
         "path": str(source.path),
@@ -266,31 +283,44 @@ def _described(source: Source, read: Encoded) -> dict[str, Any]:
 
 
 def hold_out(
-    parts: Sequence[Documents], size: int | float, seed: int
+    parts: Sequence[Documents], size: int | float, seed: int, seq_len: int
 ) -> tuple[list[Documents], list[Documents]]:
     """Returns the documents that stay, and those held out, chosen by the seed.
 
     Args:
-        parts: documents of each source; all have the same chance.
+        parts: documents of each source; all that have something to learn have the same
+            chance.
         size: how many are held out, or, below 1, which share.
         seed: of the choice.
+        seq_len: what documents are cut to, before there is something to learn or not.
 
     Raises:
-        ValueError: if nothing would stay, or nothing would be held out.
+        ValueError: if nothing would stay, of all or of a source, or nothing would be
+            held out.
     """
+    learnable = [part.learnable(seq_len) for part in parts]
+    candidates = np.flatnonzero(np.concatenate(learnable))
     firsts = np.cumsum([0, *map(len, parts)])
-    total = int(firsts[-1])
+    total = len(candidates)
+    if not total:  # says how short a row would have to be
+        parts[0].fitted(seq_len)
     count = round(size * total) if 0 < size < 1 else int(size)
     if not 0 < count < total:
         raise ValueError(
-            f"eval_size={size} of {total} documents is {count}: give more rows, or "
-            "another size."
+            f"eval_size={size} of {total} documents with something to learn is "
+            f"{count}: give more rows, or another size."
         )
     # Another stream of the seed than the order's.
     chosen = np.random.default_rng((seed, 1)).permutation(total)[:count]
-    held = np.zeros(total, bool)
-    held[chosen] = True
+    held = np.zeros(int(firsts[-1]), bool)
+    held[candidates[chosen]] = True
     masks = [held[a:b] for a, b in zip(firsts[:-1], firsts[1:], strict=True)]
+    for number, (own, mask) in enumerate(zip(learnable, masks, strict=True), 1):
+        if own.any() and not (own & ~mask).any():
+            raise ValueError(
+                f"eval_size={size} would hold out all that source {number} has to "
+                "learn: give more rows, another size or seed, or eval_sources."
+            )
     stay = [p.select(np.flatnonzero(~m)) for p, m in zip(parts, masks, strict=True)]
     out = [p.select(np.flatnonzero(m)) for p, m in zip(parts, masks, strict=True)]
     return stay, out

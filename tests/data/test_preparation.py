@@ -90,7 +90,32 @@ def test_rows_are_held_out_by_the_seed(prepared):
     assert data.statistics.held_out == 5
     assert texts(prepared(eval_size=5).evaluation)[-5:] == held_out
     assert texts(prepared(eval_size=5, seed=1).evaluation)[-5:] != held_out
-    assert prepared(eval_size=0.25).statistics.held_out == 6  # round(22 / 4)
+    assert prepared(eval_size=0.25).statistics.held_out == 5  # round(21 / 4)
+    # Of 22 documents one has nothing to learn, and is never chosen.
+    found = prepared(eval_size=20).statistics
+    assert (found.held_out, found.documents, found.no_target) == (20, 1, 1)
+
+
+def test_a_source_without_anything_to_learn_is_named(prepared, file, tmp_path):
+    long = [ALPACA | {"instruction": "x" * 99}]
+    other = write_lines(tmp_path / "long.jsonl", long)
+    words = r"long.jsonl: No answer of 1 examples begins within seq_len"
+    with pytest.raises(DataError, match=words):
+        prepared([file, other], eval_size=5)
+    with pytest.raises(DataError, match=words):
+        prepared(eval_sources=[file, other])
+    # One of which what is held out happens to be the long ones does not stop a run.
+    few = [ALPACA | {"output": "1"}, ALPACA | {"output": "2"}, *long * 5]
+    some = write_lines(tmp_path / "some.jsonl", few)
+    for seed in range(4):
+        assert prepared([file, some], eval_size=5, seed=seed).statistics.held_out == 5
+
+
+def test_no_source_is_held_out_whole(prepared, file, tmp_path):
+    one = write_lines(tmp_path / "one.jsonl", [ALPACA | {"output": "1"}])
+    words = "eval_size=21 would hold out all that source 2 has to learn"
+    with pytest.raises(ValueError, match=words):
+        prepared([file, one], eval_size=21)
 
 
 def test_or_come_from_elsewhere(prepared, tmp_path):
@@ -102,18 +127,18 @@ def test_or_come_from_elsewhere(prepared, tmp_path):
         prepared(eval_sources=path, eval_size=3)
 
 
-@pytest.mark.parametrize("size", [22, 0.999, 0.001, -1])
+@pytest.mark.parametrize("size", [21, 0.999, 0.001, -1])
 def test_too_many_or_too_few_held_out(prepared, size):
-    with pytest.raises(ValueError, match=f"eval_size={size} of 22 documents is"):
+    with pytest.raises(ValueError, match=f"eval_size={size} of 21 documents with"):
         prepared(eval_size=size)
 
 
 def test_the_choice_is_over_all_sources():
     parts = [
-        Documents.of([Example(np.ones(3, np.int32), np.ones(3))] * n) for n in (9, 1)
+        Documents.of([Example(np.ones(3, np.int32), np.ones(3))] * n) for n in (9, 4)
     ]
-    stay, out = hold_out(parts, 3, seed=0)
-    assert [len(s) + len(o) for s, o in zip(stay, out, strict=True)] == [9, 1]
+    stay, out = hold_out(parts, 3, seed=0, seq_len=8)
+    assert [len(s) + len(o) for s, o in zip(stay, out, strict=True)] == [9, 4]
     assert sum(map(len, out)) == 3
 
 
