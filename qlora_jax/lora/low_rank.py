@@ -11,7 +11,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Key
+    from jaxtyping import Array, Float, Int32, Key
 
 # Any: an array, a tracer or a ShapeDtypeStruct.
 Leaf = Any
@@ -98,14 +98,55 @@ def _by_row(
     x: Leaf, a: Leaf, b: Leaf, ids: Leaf, project: Product, expand: Product
 ) -> Leaf:
     """Each row of x with its own adapter."""
-    several, n_in, rank = a.shape
+    several, _, rank = a.shape
     if project is operator.matmul and several * rank > _TILE:
-        a, b = one_of(a, b, ids)
-        h = jnp.einsum("n...i,nir->n...r", x, a)
-        return jnp.einsum("n...r,nro->n...o", h, b)
-    # Few adapters, all in one product: x @ [a_0 a_1 ...] for every row, the parts of
-    # other adapters set to zero, times [b_0; b_1; ...]. No copy of a and b is made for
-    # each row, and the columns fill a tile that would be mostly empty for one adapter.
+        return gathered(x, a, b, ids)
+    return masked(x, a, b, ids, project, expand)
+
+
+def gathered(
+    x: "Float[Array, 'rows *batch in']",
+    a: "Float[Array, 'adapters in rank']",
+    b: "Float[Array, 'adapters rank out']",
+    ids: "Int32[Array, ' rows']",
+) -> "Float[Array, 'rows *batch out']":
+    """Returns `x[i] @ a[ids[i]] @ b[ids[i]]`: each row takes a copy of its adapter.
+
+    Args:
+        x: activations.
+        a: of all adapters, in the type of x.
+        b: likewise, scaled.
+        ids: -1 gives zero, an id that does not exist NaN.
+    """
+    a, b = one_of(a, b, ids)
+    h = jnp.einsum("n...i,nir->n...r", x, a)
+    return jnp.einsum("n...r,nro->n...o", h, b)
+
+
+def masked(
+    x: "Float[Array, 'rows *batch in']",
+    a: "Float[Array, 'adapters in rank']",
+    b: "Float[Array, 'adapters rank out']",
+    ids: "Int32[Array, ' rows']",
+    project: Product = operator.matmul,
+    expand: Product = operator.matmul,
+) -> "Float[Array, 'rows *batch out']":
+    """Returns what `gathered` does, every row multiplied by all adapters at once.
+
+        x @ [a_0 a_1 ...], the parts of others than the row's set to zero, @ [b_0; ...]
+
+    No copy of a and b is made for each row, and the columns fill tiles that would be
+    mostly empty for one adapter.
+
+    Args:
+        x: activations.
+        a: of all adapters, in the type of x.
+        b: likewise, scaled.
+        ids: -1 gives zero, an id that does not exist NaN.
+        project: instead of the product with a; may give other axes behind the rows.
+        expand: instead of the product with b.
+    """
+    several, n_in, rank = a.shape
     columns = jnp.moveaxis(a, 0, 1).reshape(n_in, several * rank)
     h = project(x, columns)
     h = h.reshape(*h.shape[:-1], several, rank)
