@@ -204,7 +204,7 @@ def finetune(args: Finetune) -> None:
 
     import qlora_jax as ql
     from qlora_jax import data
-    from qlora_jax.interop.peft import whole_modules
+    from qlora_jax.interop.peft import whole_options
 
     # What fails in orbax's threads is raised here too, and said once.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -269,7 +269,7 @@ def finetune(args: Finetune) -> None:
     beside = f", and {args.also}" if args.also else ""
     print(f"Trained: {trained:,} parameters in adapters of rank {args.rank}{beside}")
     # What cannot be written as an adapter is better said now than at the end.
-    modules = whole_modules(model, args.also) if args.also else []
+    whole = whole_options(model, args.also) if args.also else {}
 
     # A run that is taken up again has measured this already.
     before = run.recorded(step=0)
@@ -285,22 +285,22 @@ def finetune(args: Finetune) -> None:
         config,
         ql.paged(tx) if args.paged else tx,
         run=run,
-        callbacks=[ProgressBar(), SaveBest(run.folder / "best", args.model, modules)],
+        callbacks=[ProgressBar(), SaveBest(run.folder / "best", args.model, whole)],
         evaluate=evaluate if config.eval_every else None,
         consume=True,
     )
     after = _last_evaluation(run, config) or evaluate(model)
-    _save_adapter(model, run.folder / "adapter", args.model, modules)
+    _save_adapter(model, run.folder / "adapter", args.model, whole)
     _finish(run, before, after, time.perf_counter() - began, config)
 
 
 def _save_adapter(
-    model: Any, folder: pathlib.Path, base_model: str, modules: Sequence[str]
+    model: Any, folder: pathlib.Path, base_model: str, whole: Mapping[str, Any]
 ) -> None:
     import qlora_jax as ql
 
     try:
-        ql.save_adapter(model, folder, base_model=base_model, modules_to_save=modules)
+        ql.save_adapter(model, folder, base_model=base_model, **whole)
     except OSError as error:
         raise OSError(
             f"The adapter could not be written into {folder}: "
@@ -374,18 +374,18 @@ class SaveBest(Callback):
     Args:
         folder: where; replaced as a whole.
         base_model: the name that the adapter gives to its base.
-        modules: those trained whole, see `save_adapter`.
+        whole: how to save what is trained whole, see `whole_options`.
     """
 
-    def __init__(self, folder: pathlib.Path, base_model: str, modules: Sequence[str]):
-        self.folder, self.base_model, self.modules = folder, base_model, modules
+    def __init__(self, folder: pathlib.Path, base_model: str, whole: Mapping[str, Any]):
+        self.folder, self.base_model, self.whole = folder, base_model, whole
 
     def evaluated(
         self, step: int, numbers: Mapping[str, Any], model: Any, best: bool
     ) -> None:
         """Writes, if it is the best."""
         if best:
-            _save_adapter(model, self.folder, self.base_model, self.modules)
+            _save_adapter(model, self.folder, self.base_model, self.whole)
 
 
 class Evaluation:
