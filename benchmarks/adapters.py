@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks import registry
 from qlora_jax.lora import LoraTensor
-from qlora_jax.lora.low_rank import gathered, masked
+from qlora_jax.lora.low_rank import gathered, masked, prefers_masked
 from qlora_jax.quant import quantize
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -116,6 +116,8 @@ class Case:
     def row(self):
         """Measures all; what they compute must agree."""
         row = dict(self.about)
+        sizes = [row[name] for name in ("rows", "tokens", "adapters", "rank")]
+        row["chosen"] = "masked" if prefers_masked(*sizes) else "gathered"
         for name in FORMS:
             run, calls = self.programs[name]
             taken = [registry.burst(run, 4) / 4 / calls for _ in range(7)]
@@ -148,14 +150,19 @@ def write(rows):
 def main():
     parser = argparse.ArgumentParser(description="Times adapters chosen by row.")
     parser.add_argument("--shape", help="one shape, as 4096x14336: in and out")
+    parser.add_argument("--ranks", type=int, nargs="*", default=RANKS)
     parser.add_argument("--limit", type=float, help="start nothing after so many s")
     args = parser.parse_args()
     start = time.monotonic()
     shapes = [tuple(map(int, args.shape.split("x")))] if args.shape else SHAPES
     rows = []
-    print("| layer | rank | rows x tokens | adapters | " + " | ".join(FORMS) + " |")
-    print("|" + "---|" * 9)
-    for shape, rank in itertools.product(shapes, RANKS):
+    print(
+        "| layer | rank | rows x tokens | adapters | "
+        + " | ".join(FORMS)
+        + " | chosen |"
+    )
+    print("|" + "---|" * 10)
+    for shape, rank in itertools.product(shapes, args.ranks):
         if args.limit and time.monotonic() - start > args.limit:
             break
         every = [Case(bases(shape), rank, *case) for case in CASES]
@@ -173,6 +180,7 @@ def main():
                 cells = [f"{row['k']} x {row['n']}", str(row["rank"])]
                 cells += [f"{row['rows']} x {row['tokens']}", str(row["adapters"])]
                 cells += [f"{row[name]:.1f}" for name in FORMS]
+                cells.append(row["chosen"])
                 print("| " + " | ".join(cells) + " |", flush=True)
         write(rows)
 
