@@ -183,7 +183,8 @@ def main():
         for quantize in quantizations:
             if args.cold:
                 forget(folder)
-            row = {"quantize": quantize or "none", "read_gb": nbytes / 1e9}
+            row = {"quantize": quantize or "none", "cold": args.cold}
+            row["read_gb"] = nbytes / 1e9
             row |= measured(folder, quantize)
             row["gb_per_s"] = row["read_gb"] / row["seconds"]
             rows.append(row)
@@ -197,7 +198,6 @@ def main():
     result = {
         "rows": rows,
         "layers": args.layers,
-        "cold": args.cold,
         "host": platform.machine(),
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),

@@ -182,16 +182,35 @@ def save(
         tensors: arrays of numpy or JAX by their names.
         metadata: texts to go along; None: what PyTorch's readers ask for.
     """
-    import safetensors.numpy
-
     path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     try:
-        safetensors.numpy.save_file(arrays, partial, dict(metadata or {"format": "pt"}))
+        write(partial, arrays, metadata)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write(
+    path: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors to a new file, which whoever may read its neighbours can read.
+
+    Args:
+        path: the file.
+        tensors: by their names, contiguous.
+        metadata: texts to go along; None: what PyTorch's readers ask for.
+    """
+    import safetensors.numpy
+
+    path.touch()
+    mode = path.stat().st_mode
+    given = {"format": "pt"} if metadata is None else dict(metadata)
+    safetensors.numpy.save_file(dict(tensors), path, given)
+    path.chmod(mode)  # the library leaves it to its owner alone
 
 
 class SafetensorsSource:
