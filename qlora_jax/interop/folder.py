@@ -158,7 +158,8 @@ class Form:
         )
         if not is_finite:
             raise ValueError(
-                f"{name} holds NaN or infinity, and no code stands for it."
+                f"{name} holds NaN or infinity, and no code stands for it: take the "
+                "model from where it came again."
             )
         return self._quantized(name, quantized), self.kind
 

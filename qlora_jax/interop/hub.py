@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -19,9 +18,9 @@ import jax.numpy as jnp
 from qlora_jax.interop.bitsandbytes_folder import open_folder
 from qlora_jax.interop.build import build_model
 from qlora_jax.interop.gguf import GGUFSource
-from qlora_jax.interop.safetensors import refuse_pickle
+from qlora_jax.interop.safetensors import read_config, refuse_pickle
 from qlora_jax.interop.weights import ModelFileError, Source
-from qlora_jax.models.config import LlamaConfig, config_from_hf
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
 
 if TYPE_CHECKING:
@@ -217,12 +216,7 @@ def load_config(
         if path.is_file():
             return open_source(path).config
         path = path / "config.json"
-    try:
-        return config_from_hf(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ModelFileError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelFileError(f"{path}: {error}") from None
+    return read_config(path)
 
 
 def open_source(path: pathlib.Path) -> Source:
@@ -230,6 +224,10 @@ def open_source(path: pathlib.Path) -> Source:
     if path.is_dir():
         return open_folder(path)
     refuse_pickle(path)
+    if path.suffix == ".safetensors":
+        raise ModelFileError(
+            f"{path} holds weights alone: give its folder, which has config.json too."
+        )
     return GGUFSource(path)
 
 

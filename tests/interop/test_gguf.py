@@ -163,7 +163,7 @@ def test_what_is_no_gguf_file(tmp_path, small):
     with pytest.raises(ModelFileError, match=r"other\.gguf is not a GGUF file"):
         GGUFFile(other)
     other.write_bytes(b"GGUF" + struct.pack("<I", 1) + small.read_bytes()[8:])
-    with pytest.raises(ModelFileError, match="GGUF version 1; versions 2 and 3"):
+    with pytest.raises(ModelFileError, match="GGUF version 1, and versions 2 and 3"):
         GGUFFile(other)
 
 
