@@ -127,6 +127,9 @@ def _fetched(name: str, fetch: Callable[[Any], str]) -> pathlib.Path:
         return pathlib.Path(fetch(huggingface_hub))
     except Exception as error:  # whatever failed on the way, the user needs one line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if reason.startswith(("401", "403")):
+            reason = f"{reason.rstrip('.')}. If it needs an account, set $HF_TOKEN or "
+            reason += "run `hf auth login`."
         raise ModelFileError(
             f"{name} is neither a local path nor to be had from the hub: {reason}"
         ) from None
