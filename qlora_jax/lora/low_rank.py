@@ -20,7 +20,7 @@ Leaf = Any
 # Columns of a product that cost about as much as one on a CPU.
 _TILE = 128
 # On a GPU: ranks up to which adapters are gathered.
-_SMALL_RANK = 32
+_SMALL_RANK = 16
 
 # From x and a weight [in, out] to their product.
 Product = Callable[[Any, Any], Any]
