@@ -10,6 +10,7 @@ from typing import Any, Literal
 from qlora_jax.callbacks import Callback, ProgressBar
 from qlora_jax.cli.model import Precision, dtype_of, fingerprint
 from qlora_jax.cli.parsing import (
+    by_pattern,
     command_line,
     parse,
     read_yaml,
@@ -54,6 +55,11 @@ class Finetune(TrainConfig):
         revision: branch, tag or commit of a model on the hub.
         targets: which weights get adapters, a regular expression over their paths; None
             for all linear layers.
+        rank_pattern: ranks that differ, as 'down_proj=16': a regular expression over
+            paths and a number.
+        alpha_pattern: alphas that differ, likewise.
+        train_rows: tokens whose rows of the embedding are trained too, as those of new
+            tokens.
         init: first values of the adapters.
         rslora: scale adapters by alpha / sqrt(rank).
         dora: train the magnitude of each column too.
@@ -87,6 +93,9 @@ class Finetune(TrainConfig):
     dtype: Precision = "auto"
     revision: str | None = None
     targets: str | None = None
+    rank_pattern: tuple[str, ...] = ()
+    alpha_pattern: tuple[str, ...] = ()
+    train_rows: tuple[int, ...] = ()
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "loftq"] = "kaiming"
     rslora: bool = False
     dora: bool = False
@@ -115,6 +124,8 @@ class Finetune(TrainConfig):
                 f"{self.epochs=} and {self.samples=} must not be negative, "
                 f"{self.sample_tokens=} at least 1."
             )
+        by_pattern("rank_pattern", self.rank_pattern, int)
+        by_pattern("alpha_pattern", self.alpha_pattern, float)
 
     @property
     def folder(self) -> str:
@@ -203,7 +214,7 @@ def finetune(args: Finetune) -> None:
     import jax
 
     import qlora_jax as ql
-    from qlora_jax import data
+    from qlora_jax import data, lora
     from qlora_jax.interop.peft import whole_options
 
     # What fails in orbax's threads is raised here too, and said once.
@@ -258,15 +269,20 @@ def finetune(args: Finetune) -> None:
         alpha=args.alpha,
         dropout=args.dropout,
         targets=args.targets,
+        rank_pattern=by_pattern("rank_pattern", args.rank_pattern, int),
+        alpha_pattern=by_pattern("alpha_pattern", args.alpha_pattern, float),
         key=jax.random.key(args.seed),
         rslora=args.rslora,
         dora=args.dora,
         init=args.init,
         quantize=args.quantize if _changes_base(args) else None,
     )
+    if args.train_rows:
+        model = lora.train_rows(model, {"embed$": args.train_rows})
     trainable, _ = ql.split_trainable(model, also=args.also)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
     beside = f", and {args.also}" if args.also else ""
+    beside += f", and rows of {len(args.train_rows)} tokens" if args.train_rows else ""
     print(f"Trained: {trained:,} parameters in adapters of rank {args.rank}{beside}")
     # What cannot be written as an adapter is better said now than at the end.
     whole = whole_options(model, args.also) if args.also else {}
