@@ -60,10 +60,10 @@ def find_model(
 
     Args:
         name: a folder with `config.json`, a `.gguf` file, a name in `WHEEL_MODELS`, or
-            "owner/name" on the Hugging Face hub. That needs `huggingface_hub`, whose
-            settings are honoured: the cache ($HF_HOME), the token ($HF_TOKEN, or that
-            of `hf auth login`) and, with $HF_HUB_OFFLINE=1 or without a network, what
-            is in the cache.
+            "owner/name" or "owner/name/file.gguf" on the Hugging Face hub. That needs
+            `huggingface_hub`, whose settings are honoured: the cache ($HF_HOME), the
+            token ($HF_TOKEN, or that of `hf auth login`) and, with $HF_HUB_OFFLINE=1 or
+            without a network, what is in the cache.
         revision: of a model on the hub: a branch, tag or commit; None: its main branch.
 
     Raises:
@@ -83,9 +83,16 @@ def find_model(
         return _from_wheel(WHEEL_MODELS[str(name)])
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and path.suffix != ".gguf":
         return _from_hub(str(name), revision)
+    file = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/(.+\.gguf)", str(name))
+    if file is not None and not path.parent.is_dir():
+        return _fetched(
+            str(name),
+            lambda hub: hub.hf_hub_download(*file.groups(), revision=revision),
+        )
     raise ModelFileError(
         f"There is no model at {name}. Give a folder with config.json, a .gguf file, a "
-        f"hub name (owner/name), or one of {', '.join(WHEEL_MODELS)}."
+        "hub name (owner/name or owner/name/file.gguf), or one of "
+        f"{', '.join(WHEEL_MODELS)}."
     )
 
 
@@ -147,7 +154,8 @@ def _from_hub(name: str, revision: str | None) -> pathlib.Path:
     )
     if not any(folder.glob("*.safetensors")):
         raise ModelFileError(
-            f"{name} holds no model in safetensors. If its weights are pickled (.bin), "
+            f"{name} holds no model in safetensors. Of one that holds .gguf files name "
+            f"one: {name}/FILE.gguf. If its weights are pickled (.bin), "
             "reading them can run code, so they are not read: if you trust them, "
             "convert them where transformers is installed: AutoModelForCausalLM."
             f"from_pretrained({name!r}).save_pretrained(folder)."

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.interop.folders import write_folder
+from tests.interop.test_gguf import write_gguf
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 TOKEN = "hf_abc"
@@ -22,6 +23,7 @@ def hub(tmp_path):
     """The address of a hub with owner/tiny, and the requests that it has had."""
     root = tmp_path / "repository"
     write_folder(root)
+    write_gguf(root / "m.gguf")
     (root / "pytorch_model.bin").write_bytes(b"\x80\x04.")  # not to be asked for
     asked = []
 
@@ -58,7 +60,8 @@ def hub(tmp_path):
             else:
                 data = (root / words[-1]).read_bytes()
                 etag = f'"{hashlib.sha1(data).hexdigest()}"'
-                self.answer(200, data, ETag=etag, X_Repo_Commit=words[4])
+                commit = COMMITS.get(words[4], words[4])
+                self.answer(200, data, ETag=etag, X_Repo_Commit=commit)
 
         do_HEAD = do_GET
 
@@ -96,7 +99,7 @@ def test_token_revision_and_cache(hub, tmp_path):
     assert "model.layers.0.self_attn.q_proj.weight" in done.stdout
     files = {name for method, name in asked if method == "GET"}
     assert {"v1", "model.safetensors", "config.json"} <= files
-    assert "pytorch_model.bin" not in files
+    assert not files & {"pytorch_model.bin", "m.gguf"}
     snapshots = tmp_path / "home" / "hub" / "models--owner--tiny" / "snapshots"
     assert [path.name for path in snapshots.iterdir()] == [COMMITS["v1"]]
     # What came is there without a network, and what did not is not asked for.
@@ -106,3 +109,13 @@ def test_token_revision_and_cache(hub, tmp_path):
     other = run(tmp_path, "owner/tiny", HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
     assert other.returncode == 2 and "outgoing traffic" in other.stderr
     assert not asked
+
+
+def test_one_file_of_a_repository(hub, tmp_path):
+    address, asked = hub
+    settings = {"HF_ENDPOINT": address, "HF_TOKEN": TOKEN}
+    done = run(tmp_path, "owner/tiny/m.gguf", "--revision", "main", **settings)
+    assert done.returncode == 0, done.stderr
+    assert "blk.0.attn_q.weight" in done.stdout
+    files = {name for _, name in asked}
+    assert "m.gguf" in files and not files & {"model.safetensors", "config.json"}
