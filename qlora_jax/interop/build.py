@@ -233,13 +233,13 @@ _PART = 2**27
 
 
 def to_device(
-    array: np.ndarray, device: jax.Device | None, *, part_bytes: int | None = None
+    array: np.ndarray, device: Any, *, part_bytes: int | None = None
 ) -> jax.Array:
     """Returns an array on a device, put there in parts of some of its rows.
 
     Args:
         array: in host memory.
-        device: None: the default one.
+        device: a jax.Device; None: the default one.
         part_bytes: of a part; None: 2**27, and all at once on a CPU.
     """
     if part_bytes is None:

@@ -186,5 +186,7 @@ def _squares(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Squared norms: of the error, of what the adapter changed, of what was meant."""
     before, stored = before.astype(jnp.float32), stored.astype(jnp.float32)
-    parts = (stored - meant, meant - before, meant)
-    return tuple(jnp.square(part).sum() for part in parts)
+    error, change, size = (
+        jnp.square(part).sum() for part in (stored - meant, meant - before, meant)
+    )
+    return error, change, size
