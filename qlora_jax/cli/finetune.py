@@ -11,6 +11,7 @@ from typing import Any, Literal
 from qlora_jax.callbacks import Callback, ProgressBar
 from qlora_jax.cli.model import Precision, dtype_of, fingerprint
 from qlora_jax.cli.parsing import (
+    by_pattern,
     command_line,
     parse,
     read_yaml,
@@ -60,6 +61,11 @@ class Finetune(TrainConfig):
         revision: branch, tag or commit of a model on the hub.
         targets: which weights get adapters, a regular expression over their paths; None
             for all linear layers.
+        rank_pattern: ranks that differ, as 'down_proj=16': a regular expression over
+            paths and a number.
+        alpha_pattern: alphas that differ, likewise.
+        train_rows: tokens whose rows of the embedding are trained too, as those of new
+            tokens.
         init: first values of the adapters.
         rslora: scale adapters by alpha / sqrt(rank).
         dora: train the magnitude of each column too.
@@ -93,6 +99,9 @@ class Finetune(TrainConfig):
     dtype: Precision = "auto"
     revision: str | None = None
     targets: str | None = None
+    rank_pattern: tuple[str, ...] = ()
+    alpha_pattern: tuple[str, ...] = ()
+    train_rows: tuple[int, ...] = ()
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "loftq"] = "kaiming"
     rslora: bool = False
     dora: bool = False
@@ -121,6 +130,8 @@ class Finetune(TrainConfig):
                 f"epochs={self.epochs} and samples={self.samples} must not be "
                 f"negative, sample_tokens={self.sample_tokens} at least 1."
             )
+        by_pattern("rank_pattern", self.rank_pattern, int)
+        by_pattern("alpha_pattern", self.alpha_pattern, float)
 
     @property
     def folder(self) -> str:
@@ -213,8 +224,8 @@ def finetune(args: Finetune) -> None:
     import jax
 
     import qlora_jax as ql
-    from qlora_jax import data
-    from qlora_jax.interop.peft import whole_modules
+    from qlora_jax import data, lora
+    from qlora_jax.interop.peft import whole_options
 
     # What fails in orbax's threads is raised here too, and said once.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -275,18 +286,23 @@ def finetune(args: Finetune) -> None:
         alpha=args.alpha,
         dropout=args.dropout,
         targets=args.targets,
+        rank_pattern=by_pattern("rank_pattern", args.rank_pattern, int),
+        alpha_pattern=by_pattern("alpha_pattern", args.alpha_pattern, float),
         key=jax.random.key(args.seed),
         rslora=args.rslora,
         dora=args.dora,
         init=args.init,
         quantize=args.quantize if _changes_base(args) else None,
     )
+    if args.train_rows:
+        model = lora.train_rows(model, {"embed$": args.train_rows})
     trainable, _ = ql.split_trainable(model, also=args.also)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
     beside = f", and {args.also}" if args.also else ""
+    beside += f", and rows of {len(args.train_rows)} tokens" if args.train_rows else ""
     print(f"Trained: {trained:,} parameters in adapters of rank {args.rank}{beside}")
     # What cannot be written as an adapter is better said now than at the end.
-    modules = whole_modules(model, args.also) if args.also else []
+    whole = whole_options(model, args.also) if args.also else {}
 
     # A run that is taken up again has measured this already.
     before = run.recorded(step=0)
@@ -302,22 +318,22 @@ def finetune(args: Finetune) -> None:
         config,
         ql.paged(tx) if args.paged else tx,
         run=run,
-        callbacks=[ProgressBar(), SaveBest(run.folder / "best", args.model, modules)],
+        callbacks=[ProgressBar(), SaveBest(run.folder / "best", args.model, whole)],
         evaluate=evaluate if config.eval_every else None,
         consume=True,
     )
     after = _last_evaluation(run, config) or evaluate(model)
-    _save_adapter(model, run.folder / "adapter", args.model, modules)
+    _save_adapter(model, run.folder / "adapter", args.model, whole)
     _finish(run, before, after, time.perf_counter() - began, config)
 
 
 def _save_adapter(
-    model: Any, folder: pathlib.Path, base_model: str, modules: Sequence[str]
+    model: Any, folder: pathlib.Path, base_model: str, whole: Mapping[str, Any]
 ) -> None:
     import qlora_jax as ql
 
     try:
-        ql.save_adapter(model, folder, base_model=base_model, modules_to_save=modules)
+        ql.save_adapter(model, folder, base_model=base_model, **whole)
     except OSError as error:
         raise OSError(
             f"The adapter could not be written into {folder}: "
@@ -405,18 +421,18 @@ class SaveBest(Callback):
     Args:
         folder: where; replaced as a whole.
         base_model: the name that the adapter gives to its base.
-        modules: those trained whole, see `save_adapter`.
+        whole: how to save what is trained whole, see `whole_options`.
     """
 
-    def __init__(self, folder: pathlib.Path, base_model: str, modules: Sequence[str]):
-        self.folder, self.base_model, self.modules = folder, base_model, modules
+    def __init__(self, folder: pathlib.Path, base_model: str, whole: Mapping[str, Any]):
+        self.folder, self.base_model, self.whole = folder, base_model, whole
 
     def evaluated(
         self, step: int, numbers: Mapping[str, Any], model: Any, best: bool
     ) -> None:
         """Writes, if it is the best."""
         if best:
-            _save_adapter(model, self.folder, self.base_model, self.modules)
+            _save_adapter(model, self.folder, self.base_model, self.whole)
 
 
 class Evaluation:

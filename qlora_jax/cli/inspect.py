@@ -15,10 +15,12 @@ class Inspect:
     Attributes:
         path: a .safetensors or .gguf file, a folder, or owner/name on the hub.
         limit: print only so many tensors; 0 for all.
+        revision: branch, tag or commit of a model on the hub.
     """
 
     path: tyro.conf.Positional[str]
     limit: int = 0
+    revision: str | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,5 +28,5 @@ def main(argv: Sequence[str]) -> int:
     args = parse(Inspect, argv, "qlora-jax inspect")
     from qlora_jax.interop.inspect import inspect_file
 
-    print(inspect_file(args.path).table(limit=args.limit or None))
+    print(inspect_file(args.path, args.revision).table(limit=args.limit or None))
     return 0

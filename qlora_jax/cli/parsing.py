@@ -193,7 +193,7 @@ def _as_type(value: Any, hint: Any) -> Any:
         if value in args:
             return value
     elif origin is tuple:
-        # Of sources: a path, a mapping with more about it, or a list of these.
+        # One of them, or a list; a source is a path or a mapping with more about it.
         several = value if isinstance(value, list | tuple) else [value]
         return tuple(_as_type(v, args[0]) for v in several)
     elif hint is type(None):
@@ -223,9 +223,29 @@ def _described(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
     if typing.get_origin(hint) is tuple:
-        return "a list of files"
+        return "a list of " + ("numbers" if int in typing.get_args(hint) else "texts")
     parts = typing.get_args(hint) or (hint,)
     return " or ".join(names.get(part, str(part)) for part in parts)
+
+
+def by_pattern[Number: (int, float)](
+    name: str, pairs: Sequence[str], kind: type[Number]
+) -> dict[str, Number]:
+    """Returns the numbers that settings as 'down_proj=16' give to patterns.
+
+    Raises:
+        ValueError: if there is no number behind the last "=", or it is not positive.
+    """
+    numbers = {}
+    for pair in pairs:
+        pattern, _, text = pair.rpartition("=")
+        try:
+            numbers[pattern] = kind(text)
+        except ValueError:
+            numbers[pattern] = kind(0)
+        if not pattern or not numbers[pattern] > 0:
+            raise ValueError(f"{name}: {pair!r} is not like 'down_proj=16'.")
+    return numbers
 
 
 def source_of(text: str) -> Any:

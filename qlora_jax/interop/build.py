@@ -138,7 +138,7 @@ class _Reader:
             where = f"{self.source}: {name}"
             _check_agrees(where, w, self.quantize, self.double_quant)
             return w
-        array = jax.device_put(w, self._device)
+        array = to_device(w, self._device)
         if is_linear and self.quantize is not None:
             quantized, self._finite[name] = quantize_rows(
                 array, self.quantize, self.double_quant, 64, self.dtype
@@ -225,6 +225,41 @@ def weight_shardings(mesh: Mesh, name: str, weight: Any, stack: int) -> Any:
         nested_absmax=None if weight.nested_absmax is None else whole,
         offset=None if weight.offset is None else whole,
     )
+
+
+# A transfer to a GPU holds a copy in pinned memory, which stays allocated: that of a
+# whole embedding would be a gigabyte.
+_PART = 2**27
+
+
+def to_device(
+    array: np.ndarray, device: Any, *, part_bytes: int | None = None
+) -> jax.Array:
+    """Returns an array on a device, put there in parts of some of its rows.
+
+    Args:
+        array: in host memory.
+        device: a jax.Device; None: the default one.
+        part_bytes: of a part; None: 2**27, and all at once on a CPU.
+    """
+    if part_bytes is None:
+        platform = jax.default_backend() if device is None else device.platform
+        part_bytes = array.nbytes if platform == "cpu" else _PART
+    if array.nbytes <= part_bytes:
+        return jax.device_put(array, device)
+    rows = max(part_bytes * len(array) // array.nbytes, 1)
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    whole = jnp.zeros(array.shape, dtype, device=device)
+    for start in range(0, len(array), rows):
+        part = jax.device_put(array[start : start + rows], device)
+        whole = _insert_rows(whole, part, jnp.asarray(start, jnp.int32))
+        whole.block_until_ready()  # before the next part takes memory
+    return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert_rows(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(whole, part, start, 0)
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))

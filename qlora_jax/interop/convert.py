@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from qlora_jax.interop.weights import (
     check_tensors,
     expected_shapes,
 )
+from qlora_jax.lora.merge import MergeReport
 from qlora_jax.models.config import LINEAR_WEIGHTS, config_to_hf
 
 if TYPE_CHECKING:
@@ -133,6 +135,7 @@ def merge_adapter(
     revision: str | None = None,
     shard_bytes: int = _SHARD_BYTES,
     progress: bool | None = None,
+    report: Callable[[MergeReport], Any] | None = print,
 ) -> None:
     """Writes a model with an adapter merged into it.
 
@@ -152,6 +155,8 @@ def merge_adapter(
         revision: of a base on the hub.
         shard_bytes: of a folder: a new file begins before one grows larger.
         progress: as in `load_model`.
+        report: called with how far the weights in the file are from the sums, as in
+            `merge_lora`; the file is read again for it. None: not measured.
 
     Raises:
         ModelFileError: if files are damaged or do not fit together, named.
@@ -162,6 +167,10 @@ def merge_adapter(
     source = MergedSource(open_source(path), adapter, name)
     form = Form(quantize, double_quant, dequantized=quantize is None, dtype=dtype)
     _write(path, source, target, form, tensor_type, shard_bytes, progress, "Merging")
+    if report is not None:
+        drift = source.drift(open_source(pathlib.Path(target)))
+        if drift:
+            report(MergeReport(drift))
 
 
 def _write(

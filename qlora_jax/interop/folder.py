@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.interop import safetensors
 from qlora_jax.interop.bitsandbytes import (
     STORAGE_TYPES,
     quantize_int8,
@@ -157,7 +158,8 @@ class Form:
         )
         if not is_finite:
             raise ValueError(
-                f"{name} holds NaN or infinity, and no code stands for it."
+                f"{name} holds NaN or infinity, and no code stands for it: take the "
+                "model from where it came again."
             )
         return self._quantized(name, quantized), self.kind
 
@@ -247,17 +249,13 @@ def _write_shards(
     shard_bytes: int,
     advance: Callable[[Entry], None],
 ) -> _Written:
-    import safetensors.numpy
-
     done = _Written({}, "")
     files: list[list[str]] = []
     shard: dict[str, np.ndarray] = {}
     size = total = 0
 
     def write() -> None:
-        # The metadata without which transformers refuses a file.
-        path = folder / f"{len(files)}.safetensors"
-        safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
+        safetensors.write(folder / f"{len(files)}.safetensors", shard)
         files.append(sorted(shard))
 
     for entry in entries:

@@ -58,21 +58,73 @@ def _q5_0(blocks: np.ndarray) -> np.ndarray:
     return _half(blocks, 0) * codes
 
 
+def _q5_1(blocks: np.ndarray) -> np.ndarray:
+    fifth = np.unpackbits(blocks[:, 4:8], axis=-1, bitorder="little")  # [blocks, 32]
+    return _half(blocks, 0) * (_nibbles(blocks[:, 8:]) | fifth << 4) + _half(blocks, 2)
+
+
 def _q8_0(blocks: np.ndarray) -> np.ndarray:
     return _half(blocks, 0) * blocks[:, 2:].view(np.int8)
 
 
-def _q4_k(blocks: np.ndarray) -> np.ndarray:
-    # Eight sub-blocks of 32 with 6-bit scales and minima, packed in twelve bytes: the
-    # first four of each lie plain, the last four are spread over the high bits.
+def _fields(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Returns codes of one or two bits, [blocks, groups, 8 / bits, 32].
+
+    Bytes come in groups of 32; their lowest bits are the first 32 codes of the group.
+    """
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    return codes.reshape(len(codes), -1, 1, 32) >> shifts & (2**bits - 1)
+
+
+def _scales_and_minima(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the eight sub-blocks of 32 of Q4_K and Q5_K, each [blocks, 8, 1].
+
+    Of six bits, packed in twelve bytes: the first four of each lie plain, the last four
+    are spread over the high bits.
+    """
     packed = blocks[:, 4:16]
     low, middle, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([low & 63, (high & 15) | (low >> 6) << 4], axis=-1)
     minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6) << 4], axis=-1)
-    scales = (_half(blocks, 0) * scales)[..., None]  # [blocks, 8, 1]
-    minima = (_half(blocks, 2) * minima)[..., None]
+    return (
+        (_half(blocks, 0) * scales)[..., None],
+        (_half(blocks, 2) * minima)[..., None],
+    )
+
+
+def _q4_k(blocks: np.ndarray) -> np.ndarray:
+    scales, minima = _scales_and_minima(blocks)
     codes = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     return (scales * codes - minima).reshape(-1, 256)
+
+
+def _q5_k(blocks: np.ndarray) -> np.ndarray:
+    scales, minima = _scales_and_minima(blocks)
+    fifth = _fields(blocks[:, 16:48], 1).reshape(-1, 8, 32)
+    codes = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    return (scales * (codes | fifth << 4) - minima).reshape(-1, 256)
+
+
+def _q2_k(blocks: np.ndarray) -> np.ndarray:
+    # Sixteen sub-blocks of 16, scales and minima of four bits, which share a byte.
+    scales = _half(blocks, 80) * (blocks[:, :16] & 15)
+    minima = _half(blocks, 82) * (blocks[:, :16] >> 4)
+    codes = _fields(blocks[:, 16:80], 2).reshape(-1, 16, 16)
+    return (scales[..., None] * codes - minima[..., None]).reshape(-1, 256)
+
+
+def _q3_k(blocks: np.ndarray) -> np.ndarray:
+    # Sixteen sub-blocks of 16. Their scales have six bits: four of two to a byte, then
+    # two of four to a byte.
+    low = _nibbles(blocks[:, 96:104])
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    high = (blocks[:, None, 104:108] >> shifts & 3).reshape(-1, 16)
+    scales = _half(blocks, 108) * ((low | high << 4).astype(np.int8) - 32)
+    # Where the third bit is not set, 4 is taken off.
+    third = _fields(blocks[:, :32], 1).reshape(-1, 256)
+    codes = _fields(blocks[:, 32:96], 2).reshape(-1, 256)
+    codes = (codes | third << 2).astype(np.int8) - 4
+    return (scales[..., None] * codes.reshape(-1, 16, 16)).reshape(-1, 256)
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
@@ -92,8 +144,12 @@ TENSOR_TYPES: dict[int, TensorType] = {
     2: TensorType("Q4_0", 32, 18, _q4_0),
     3: TensorType("Q4_1", 32, 20, _q4_1),
     6: TensorType("Q5_0", 32, 22, _q5_0),
+    7: TensorType("Q5_1", 32, 24, _q5_1),
     8: TensorType("Q8_0", 32, 34, _q8_0),
+    10: TensorType("Q2_K", 256, 84, _q2_k),
+    11: TensorType("Q3_K", 256, 110, _q3_k),
     12: TensorType("Q4_K", 256, 144, _q4_k),
+    13: TensorType("Q5_K", 256, 176, _q5_k),
     14: TensorType("Q6_K", 256, 210, _q6_k),
     30: TensorType("BF16", 1, 2, _bf16),
 }

@@ -76,15 +76,15 @@ class _Header:
     def __init__(self, path: pathlib.Path, data: mmap.mmap):
         self.path, self.data, self.at = path, data, 0
 
-    def fail(self, what: str) -> ModelFileError:
-        return ModelFileError(f"{self.path}: {what}.")
+    def fail(self, what: str, repair: str = "download it again") -> ModelFileError:
+        return ModelFileError(f"{self.path}: {what}; {repair}.")
 
     def take(self, count: int) -> int:
         """Returns the place of the next `count` bytes and steps over them."""
         if count > len(self.data) - self.at:
             raise self.fail(
                 f"the header wants {count} bytes at {self.at} of {len(self.data)}: the "
-                "file is truncated or damaged; download it again"
+                "file is truncated or damaged"
             )
         self.at += count
         return self.at - count
@@ -143,14 +143,20 @@ class GGUFFile:
         if not self.path.is_file():
             raise ModelFileError(f"{self.path} is not a file.")
         with open(self.path, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ModelFileError(f"{self.path} is not a GGUF file.")
+            if (first := file.read(4)) != b"GGUF":
+                raise ModelFileError(
+                    f"{self.path} is not a GGUF file, it begins with {first!r}: give a "
+                    ".gguf file, or a folder with config.json."
+                )
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header = _Header(self.path, self._data)
         header.take(4)
         version = header.scalar("I")
         if version not in (2, 3):
-            raise header.fail(f"GGUF version {version}; versions 2 and 3 are read")
+            raise header.fail(
+                f"GGUF version {version}, and versions 2 and 3 are read",
+                "convert the model again with a newer llama.cpp",
+            )
         tensor_count, pair_count = header.scalar("Q"), header.scalar("Q")
         self.metadata: dict[str, Any] = {}
         for _ in range(pair_count):
@@ -169,7 +175,7 @@ class GGUFFile:
             if info.offset + info.nbytes > len(self._data):
                 raise header.fail(
                     f"tensor {name} ends at byte {info.offset + info.nbytes}, the file "
-                    f"at {len(self._data)}: it is truncated; download it again"
+                    f"at {len(self._data)}: it is truncated"
                 )
             self.tensors[name] = info
 
@@ -183,7 +189,8 @@ class GGUFFile:
         if code not in TENSOR_TYPES:
             raise NotImplementedError(
                 f"{self.path}: tensor {name} is of ggml type {code}; supported are "
-                f"{', '.join(t.name for t in TENSOR_TYPES.values())}."
+                f"{', '.join(t.name for t in TENSOR_TYPES.values())}. Take the model "
+                "in one of these."
             )
         tensor_type = TENSOR_TYPES[code]
         if not shape or shape[-1] % tensor_type.block_size or 0 in shape:

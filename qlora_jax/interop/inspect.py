@@ -104,17 +104,18 @@ class Contents:
         )
 
 
-def inspect_file(path: str | os.PathLike[str]) -> Contents:
+def inspect_file(path: str | os.PathLike[str], revision: str | None = None) -> Contents:
     """Returns what a checkpoint holds; only headers are read.
 
     Args:
         path: a `.safetensors` or `.gguf` file, the folder of a model (of one file or
             sharded, dense or quantized) or of an adapter, or a hub name.
+        revision: of a model on the hub.
 
     Raises:
         ModelFileError: if there is no such file, or its header is damaged.
     """
-    path = find_model(path)
+    path = find_model(path, revision)
     if path.is_dir():
         return _folder(path)
     refuse_pickle(path)

@@ -22,6 +22,7 @@ from qlora_jax.interop.peft import (
 from qlora_jax.interop.safetensors import read_json
 from qlora_jax.interop.weights import ModelFileError, Source
 from qlora_jax.lora.lora import scale_of
+from qlora_jax.lora.merge import Drift
 from qlora_jax.quant import QuantizedTensor, dequantize
 
 
@@ -76,19 +77,35 @@ class MergedSource:
         if name in self._whole.rows:
             weight = np.array(weight)
             weight[self._indices[name]] = self._whole.rows[name].astype(weight.dtype)
-        part = self._parts.get(name)
-        if part is None:
+        if name not in self._parts:
             return weight
-        if isinstance(weight, QuantizedTensor):
-            weight = dequantize(weight).T
-        tensors, module = part.tensors, part.module
-        merged = _merged(
-            jnp.asarray(weight),
-            jnp.asarray(tensors["A"], jnp.float32),
-            jnp.asarray(tensors["B"], jnp.float32) * self._scale(module),
-            tensors.get("magnitude"),
+        weight = _dense(weight)
+        return np.asarray(self._sum(name, weight).astype(weight.dtype))
+
+    def drift(self, written: Source) -> dict[str, Drift]:
+        """Returns how far each adapted weight of a file is from what was meant.
+
+        Args:
+            written: the source of the file that this was written into.
+        """
+        found = {}
+        for name in self._parts:
+            before = _dense(self.base.read(name))
+            meant = self._sum(name, before)
+            sums = _squares(before, meant, _dense(written.read(name)))
+            error, change, size = map(float, sums)
+            found[name] = Drift((error / size) ** 0.5, (change / size) ** 0.5)
+        return found
+
+    def _sum(self, name: str, weight: jax.Array) -> jax.Array:
+        """The base's weight with its adapter, [out, in], in float32."""
+        part = self._parts[name]
+        return _merged(
+            weight,
+            jnp.asarray(part.tensors["A"], jnp.float32),
+            jnp.asarray(part.tensors["B"], jnp.float32) * self._scale(part.module),
+            part.tensors.get("magnitude"),
         )
-        return np.asarray(merged)
 
     def _rank(self, module: str) -> int:
         patterns = self._settings.get("rank_pattern") or {}
@@ -154,4 +171,22 @@ def _merged(w: jax.Array, a: jax.Array, b: jax.Array, magnitude: Any) -> jax.Arr
     if magnitude is not None:
         norm = jnp.linalg.norm(total, axis=1, keepdims=True)
         total = total * (magnitude.astype(jnp.float32)[:, None] / norm)
-    return total.astype(w.dtype)
+    return total
+
+
+def _dense(weight: np.ndarray | QuantizedTensor) -> jax.Array:
+    if isinstance(weight, QuantizedTensor):
+        return dequantize(weight).T
+    return jnp.asarray(weight)
+
+
+@jax.jit
+def _squares(
+    before: jax.Array, meant: jax.Array, stored: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Squared norms: of the error, of what the adapter changed, of what was meant."""
+    before, stored = before.astype(jnp.float32), stored.astype(jnp.float32)
+    error, change, size = (
+        jnp.square(part).sum() for part in (stored - meant, meant - before, meant)
+    )
+    return error, change, size

@@ -87,6 +87,7 @@ def save_adapter(
     adapter: int | None = None,
     modules_to_save: Sequence[str] = (),
     token_indices: Sequence[int] = (),
+    bias: peft_whole.Bias = "none",
     dtype: Any = jnp.float32,
     module_name: ModuleName = llama_module,
 ) -> None:
@@ -109,14 +110,16 @@ def save_adapter(
             embedding is written as the head too.
         token_indices: rows of the embedding that were trained, for new tokens, if the
             rest of it was not. Those of `train_rows` are known without it.
+        bias: which biases were trained (`also="bias$"`), in PEFT's words: "lora_only",
+            those of weights with an adapter, or "all", which writes the others too.
         dtype: of the tensors in the file.
         module_name: how weights are called in the base's own model, for a model that
             is not `qlora_jax.Llama`.
 
     Raises:
         ValueError: if the model holds no adapter, the adapters differ in what a
-            PEFT config says once (dropout, rsLoRA, DoRA), or a module or row to save
-            is none of the model's.
+            PEFT config says once (dropout, rsLoRA, DoRA), or a module, row or bias to
+            save is none of the model's.
     """
     lora = {
         where: one_adapter(where, opened(weight), adapter)
@@ -125,7 +128,7 @@ def save_adapter(
     }
     if not lora:
         raise ValueError("The model holds no adapter to save: call add_lora first.")
-    tensors = {}
+    tensors, adapted = {}, set()
     for where, lt in lora.items():
         factors = {"A.weight": lt.a, "B.weight": lt.b, "magnitude_vector": lt.magnitude}
         for suffix, leaf in factors.items():
@@ -133,6 +136,7 @@ def save_adapter(
                 continue
             array = np.asarray(jnp.asarray(leaf, dtype))
             for index, module in _modules(where, lt, module_name):
+                adapted.add(module)
                 key = f"base_model.model.{module}.lora_{suffix}"
                 tensors[key] = np.ascontiguousarray(array[index].T)
     config = _config(lora, base_model, module_name)
@@ -143,6 +147,8 @@ def save_adapter(
     if tied and peft_whole.EMBEDDING in whole:
         whole[peft_whole.HEAD] = whole[peft_whole.EMBEDDING].copy()
         config["ensure_weight_tying"] = True
+    config["bias"] = bias
+    whole |= peft_whole.biases(model, bias, adapted, module_name)
     for key, tensor in whole.items():
         tensors[f"base_model.model.{key}"] = np.asarray(tensor, dtype)
     if token_indices:
@@ -153,10 +159,12 @@ def save_adapter(
     save(folder, config, tensors)
 
 
-def whole_modules(
+def whole_options(
     model: Any, also: Targets, *, module_name: ModuleName = llama_module
-) -> list[str]:
-    """Returns the modules that `split_trainable(model, also=...)` trains whole.
+) -> dict[str, Any]:
+    """Returns how to save what `split_trainable(model, also=...)` trains whole.
+
+        save_adapter(model, path, **whole_options(model, also))
 
     Args:
         model: a model with adapters.
@@ -164,22 +172,27 @@ def whole_modules(
         module_name: as in `save_adapter`.
 
     Returns:
-        Their names, for `save_adapter(modules_to_save=...)`: of layers the last part.
+        `modules_to_save`, modules by their last name, and `bias`. A file holds all
+        biases of a model or those beside its adapters, so some may be in it that were
+        not trained.
 
     Raises:
-        ValueError: if it names what cannot be trained whole, or a bias, which PEFT
-            files hold otherwise.
+        ValueError: if it names what cannot be trained whole.
     """
-    names = []
-    for path in sorted(trained_whole(named_weights(model), also)):
+    weights, names, biased = named_weights(model), [], set()
+    for path in sorted(trained_whole(weights, also)):
         module = module_name(path)
         if module.endswith(".bias"):
-            raise ValueError(
-                f"{path!r} is a bias, and an adapter's file holds only modules that "
-                "were trained whole: leave biases out of also."
-            )
-        names.append(module.rpartition(".")[2])
-    return list(dict.fromkeys(names))
+            biased.add(module.removesuffix(".bias"))
+        else:
+            names.append(module.rpartition(".")[2])
+    # A module that is saved whole has its bias with it.
+    biased = {module for module in biased if module.rpartition(".")[2] not in names}
+    lora = {
+        module_name(path) for path, w in weights.items() if isinstance(w, LoraTensor)
+    }
+    bias = "none" if not biased else "lora_only" if biased <= lora else "all"
+    return {"modules_to_save": list(dict.fromkeys(names)), "bias": bias}
 
 
 def save(
@@ -265,11 +278,11 @@ def load_adapter(
     smaller ranks are filled up with zeros and the scales go into `b`; layers that the
     file leaves out get a zero adapter. Otherwise the tensors are taken as they are.
 
-    Modules that were trained whole (`modules_to_save`: embedding, head, norms) replace
-    those of the base, in its type, and a larger vocabulary enlarges the model. Rows of
-    `trainable_token_indices` replace theirs. Where an embedding was tied to the head
-    and the file holds the one without the other, as PEFT writes it unless told to keep
-    the tie, the model has a head of its own afterwards.
+    Modules that were trained whole (`modules_to_save`: embedding, head, norms) and
+    biases (`bias`) replace those of the base, in its type, and a larger vocabulary
+    enlarges the model. Rows of `trainable_token_indices` replace theirs. Where an
+    embedding was tied to the head and the file holds the one without the other, as PEFT
+    writes it unless told to keep the tie, the model has a head of its own afterwards.
 
     Args:
         model: the base, an array or a quantized weight wherever the file has an
@@ -365,7 +378,6 @@ def _config(
         },
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
-        "bias": "none",
         "exclude_modules": None,
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -417,9 +429,9 @@ def check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     for field in _UNSUPPORTED:
         if config.get(field):
             raise NotImplementedError(f"{path}: {field}={config[field]!r}.")
-    if config.get("bias", "none") != "none":
-        raise NotImplementedError(
-            f"{path}: bias={config['bias']!r}; supported: 'none'."
+    if (bias := config.get("bias", "none")) not in peft_whole.BIAS:
+        raise ModelFileError(
+            f"{path}: bias is {bias!r}, none of {', '.join(peft_whole.BIAS)}."
         )
     if (init := config.get("init_lora_weights")) not in _PLAIN_INITS:
         raise NotImplementedError(

@@ -9,14 +9,18 @@ and single rows of the embedding, those of `trainable_token_indices`, as
 
     base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta
 
-(the rows themselves, not differences).
+(the rows themselves, not differences). With `bias="lora_only"` in the config it also
+has the biases beside the adapters, with "all" those of all modules:
+
+    base_model.model.<module>.base_layer.bias     [out], of a module with an adapter
+    base_model.model.<module>.bias                [out], of another
 """
 
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +28,10 @@ import numpy as np
 
 from qlora_jax.interop.weights import ModelFileError
 from qlora_jax.lora.places import is_weight, listed, named_weights, replace_weights
+
+# Which biases a file has, as PEFT's config says it.
+Bias = Literal["none", "lora_only", "all"]
+BIAS = get_args(Bias)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WHOLE = re.compile(r"base_model\.model\.(?P<tensor>.+\.(?:weight|bias))")
@@ -44,7 +52,9 @@ class Whole:
         if match := _ROWS.fullmatch(key):
             self.rows[f"{match['module']}.weight"] = read(key)
         elif match := _WHOLE.fullmatch(key):
-            self.tensors[match["tensor"]] = read(key)
+            # A module with an adapter is the `base_layer` of what PEFT makes of it.
+            tensor = match["tensor"].replace(".base_layer.bias", ".bias")
+            self.tensors[tensor] = read(key)
         return match is not None
 
 
@@ -102,6 +112,41 @@ def chosen(
             array = np.asarray(array[index])
             array = array.T if is_transposed(where, array) else array
             tensors[tensor] = np.ascontiguousarray(array)
+    return tensors
+
+
+def biases(
+    model: Any,
+    which: Bias,
+    adapted: Collection[str],
+    module_name: Callable[[str], str],
+) -> dict[str, np.ndarray]:
+    """Returns biases by the names that a file has for them.
+
+    Args:
+        model: with plain arrays for them.
+        which: "none", "lora_only": those of modules with an adapter, or "all".
+        adapted: the modules with an adapter.
+        module_name: from a path to the module.
+
+    Raises:
+        ValueError: if there is none of these.
+    """
+    if which not in BIAS:
+        raise ValueError(f"bias={which!r} must be one of {', '.join(BIAS)}.")
+    weights, tensors = named_weights(model), {}
+    for tensor, (where, index) in places(model, module_name).items():
+        module, _, kind = tensor.rpartition(".")
+        if which == "none" or kind != "bias":
+            continue
+        if module in adapted:
+            tensors[f"{module}.base_layer.bias"] = np.asarray(weights[where][index])
+        elif which == "all":
+            tensors[tensor] = np.asarray(weights[where][index])
+    if which != "none" and not tensors:
+        whose = "the model" if which == "all" else "no module with an adapter"
+        has = "has none" if which == "all" else "has one"
+        raise ValueError(f"bias={which!r}: there is no bias to save, {whose} {has}.")
     return tensors
 
 

@@ -54,9 +54,11 @@ class Progress:
         seconds = max(now - self._start, 1e-9)
         speed = self._done / seconds
         left = (self._total - self._done) / speed if speed else float("inf")
+        unit, size = ("GB", 1e9) if self._total >= 1e9 else ("MB", 1e6)
+        done, total = self._done / size, self._total / size
         print(
-            f"{self._what}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, "
-            f"{speed / 1e9:.2f} GB/s, {seconds:.0f} s, {max(left, 0):.0f} s left",
+            f"{self._what}: {done:.2f} of {total:.2f} {unit}, "
+            f"{speed / size:.2f} {unit}/s, {seconds:.0f} s, {max(left, 0):.0f} s left",
             file=sys.stderr,
             flush=True,
         )

@@ -10,24 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax.interop.safetensors_header import BITS, fault_of
 from qlora_jax.interop.weights import ModelFileError
-from qlora_jax.models.config import config_from_hf
+from qlora_jax.models.config import LlamaConfig, config_from_hf
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FLOATING = ("F64", "F32", "F16", "BF16")
 _READ = (*_FLOATING, "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "BOOL")
-_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64} | {
-    "F32": 32,
-    "I32": 32,
-    "U32": 32,
-    "F16": 16,
-    "BF16": 16,
-    "I16": 16,
-    "U16": 16,
-    "F4": 4,
-}
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -39,12 +30,35 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelFileError(f"{path} is missing.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelFileError(f"{path} is not JSON: {error}.") from None
+        raise ModelFileError(
+            f"{path} is missing: give a folder that has it, or download it again."
+        ) from None
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+        raise ModelFileError(
+            f"{path} is not JSON: {error}. Download it again."
+        ) from None
     if not isinstance(value, dict):
         raise ModelFileError(f"{path} holds no JSON object.")
     return value
+
+
+def read_config(path: pathlib.Path) -> LlamaConfig:
+    """Returns the shape of the model that a config.json describes.
+
+    Raises:
+        ModelFileError: if the file is missing or damaged.
+        NotImplementedError: if the model is not supported; both name file and field.
+    """
+    try:
+        return config_from_hf(read_json(path))
+    except ModelFileError:
+        raise
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise ModelFileError(f"{path}: {error}") from None
 
 
 def refuse_pickle(path: pathlib.Path) -> None:
@@ -72,10 +86,13 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
         # Read, not mapped: a page at a time takes six times as long.
         with safetensors.safe_open(path, "numpy", backend="pread") as file:
             yield file
-    except (safetensors.SafetensorError, FileNotFoundError) as error:
+    except FileNotFoundError:
+        raise ModelFileError(f"{path} is missing: download it again.") from None
+    except safetensors.SafetensorError as error:
+        # The library does not say which tensor is wrong.
+        fault = fault_of(path) or str(error)
         raise ModelFileError(
-            f"{path} cannot be read ({error}): the file is missing, truncated or "
-            "damaged; download it again."
+            f"{path} cannot be read: {fault}. Download it again."
         ) from None
 
 
@@ -98,7 +115,9 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
             )
         return [folder / name for name in names]
     refuse_pickle(folder)
-    raise ModelFileError(f"{folder} has neither {_SINGLE} nor {_INDEX}.")
+    raise ModelFileError(
+        f"{folder} has neither {_SINGLE} nor {_INDEX}: download the weights too."
+    )
 
 
 class SafetensorsFiles:
@@ -137,7 +156,7 @@ class SafetensorsFiles:
     def nbytes(self, name: str) -> int:
         """Returns how many bytes of the files one tensor takes."""
         numbers = math.prod(self.tensors[name][1])
-        return numbers * _BITS.get(self._types[name], 8) // 8
+        return numbers * BITS.get(self._types[name], 8) // 8
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor.
@@ -182,16 +201,35 @@ def save(
         tensors: arrays of numpy or JAX by their names.
         metadata: texts to go along; None: what PyTorch's readers ask for.
     """
-    import safetensors.numpy
-
     path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     try:
-        safetensors.numpy.save_file(arrays, partial, dict(metadata or {"format": "pt"}))
+        write(partial, arrays, metadata)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write(
+    path: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors to a new file, which whoever may read its neighbours can read.
+
+    Args:
+        path: the file.
+        tensors: by their names, contiguous.
+        metadata: texts to go along; None: what PyTorch's readers ask for.
+    """
+    import safetensors.numpy
+
+    path.touch()
+    mode = path.stat().st_mode
+    given = {"format": "pt"} if metadata is None else dict(metadata)
+    safetensors.numpy.save_file(dict(tensors), path, given)
+    path.chmod(mode)  # the library leaves it to its owner alone
 
 
 class SafetensorsSource:
@@ -204,7 +242,7 @@ class SafetensorsSource:
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = pathlib.Path(folder)
-        self.config = config_from_hf(read_json(self.config_path(folder)))
+        self.config = read_config(self.config_path(folder))
         self._files = SafetensorsFiles.of_folder(folder)
 
     def __str__(self) -> str:

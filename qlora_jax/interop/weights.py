@@ -102,17 +102,20 @@ def check_tensors(source: Source) -> None:
         found.pop("lm_head.weight", None)  # some checkpoints store the tied head too
     unexpected = [n for n in found.keys() - expected.keys() if not _IGNORED.search(n)]
     if missing := expected.keys() - found.keys():
-        raise ModelFileError(f"{source} lacks {_some(missing)}.")
+        raise ModelFileError(
+            f"{source} lacks {_some(missing)}: download it again, or give the config "
+            "that belongs to it."
+        )
     if unexpected:
         raise ModelFileError(
             f"{source} has tensors that its config does not explain: "
-            f"{_some(unexpected)}."
+            f"{_some(unexpected)}. Are the two of one model?"
         )
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
             raise ModelFileError(
                 f"{source}: {name} is {list(found[name])}, its config says "
-                f"{list(shape)}."
+                f"{list(shape)}. Are the two of one model?"
             )
 
 

@@ -2,9 +2,19 @@
 
 import io
 import json
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from qlora_jax import (
+    add_lora,
+    join_trainable,
+    load_model,
+    save_adapter,
+    split_trainable,
+)
 from qlora_jax.cli.main import main
 from tests.interop.folders import write_folder
 
@@ -117,3 +127,28 @@ def test_models_are_inspected_converted_merged_and_quantized(model, capsys, tmp_
     assert main(["convert", "absent", gguf]) == 2
     assert "There is no model at absent" in capsys.readouterr().err
     assert main(["merge", model, "absent", str(tmp_path / "x")]) == 2
+
+
+def test_a_merge_tells_what_it_does_to_a_text(model, capsys, tmp_path):
+    lt = add_lora(load_model(model, dtype=jnp.float32), rank=2, key=jax.random.key(0))
+    trainable, frozen = split_trainable(lt)
+    moved = jax.tree.map(lambda x: x + 0.1, trainable)
+    save_adapter(join_trainable(moved, frozen), tmp_path / "adapter")
+    text, out = tmp_path / "a.txt", tmp_path / "out"
+    text.write_text("To be, or not to be. " * 20)
+    command = ["merge", model, str(tmp_path / "adapter"), str(out), "--quantize", "nf4"]
+    assert main([*command, "--text", "absent"]) == 2 and not out.exists()
+    options = ["--text", str(text), "--window", "32"]
+    capsys.readouterr()
+    assert main([*command, *options]) == 0
+    shown = said(capsys)
+    assert "Merged 21 weights: relative error of rounding 0.0" in shown
+    before, after = re.search(r"Loss on .*: ([\d.]+) -> ([\d.]+) \(", shown).groups()
+    for path, adapter, loss in (
+        (out, [], after),
+        (model, ["--adapter", command[2]], before),
+    ):
+        arguments = ["--model", str(path), *adapter]
+        measured = ["--text", str(text), "--window", "32", "--windows", "16"]
+        assert main(["eval", *arguments, *measured]) == 0
+        assert f"(loss {loss} nats)" in said(capsys)

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from qlora_jax import sharding
+from qlora_jax.interop.build import to_device
 from qlora_jax.interop.hub import load_model
 from qlora_jax.interop.weights import ModelFileError
 from qlora_jax.quant import QuantizedTensor
@@ -101,6 +102,18 @@ def test_what_is_quantized_already(name):
         strict=True,
     ):
         np.testing.assert_array_equal(a, b, strict=True)
+
+
+@pytest.mark.parametrize("shape", [(10, 7), (3, 100), (64,), (2, 3, 4), (0, 5)])
+@pytest.mark.parametrize("dtype", ["float32", "float16", BFLOAT16, "uint8"])
+def test_arrays_are_put_in_parts_as_they_are(shape, dtype):
+    """Rows that the parts do not divide, and rows larger than a part."""
+    array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    for device in (None, jax.devices()[1]):
+        for part_bytes in (1, 50, 10**6, None):
+            got = to_device(array, device, part_bytes=part_bytes)
+            assert got.devices() == {device or jax.devices()[0]}
+            np.testing.assert_array_equal(got, array, strict=True)
 
 
 def test_a_mesh_with_other_axes(folder):

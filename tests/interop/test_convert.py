@@ -143,6 +143,43 @@ def test_an_adapter_is_merged(tmp_path):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_are_merged(tmp_path, bias):
+    base = FAMILIES / "llama_bias"
+    options = {"dtype": "float32", "report": None}
+    merge_adapter(base, PEFT / f"bias_{bias}", tmp_path / "m", **options)
+    model = load_model(tmp_path / "m", dtype=jnp.float32)
+    with np.load(PEFT / "biases.npz") as archive:
+        tokens = jnp.asarray(archive["tokens"], jnp.int32)
+        # The base is bfloat16, and a sum is rounded to its type.
+        assert relative(model(tokens), archive[bias]) < 5e-2
+
+
+@pytest.mark.parametrize(
+    "target, options, least, most",
+    [
+        ("m", {}, 0.0, 0.0),
+        ("m", {"dtype": "bfloat16"}, 0.001, 0.003),
+        ("m", {"quantize": "nf4"}, 0.07, 0.11),
+        ("m.gguf", {"tensor_type": "Q8_0"}, 0.003, 0.01),
+    ],
+)
+def test_a_merge_tells_its_drift(tmp_path, target, options, least, most):
+    reports = []
+    options = {**options, "report": reports.append}
+    merge_adapter(PEFT / "base", PEFT / "dora", tmp_path / target, **options)
+    (report,) = reports
+    base = load_model(PEFT / "base", dtype=jnp.float32)
+    ours = []
+    merge_lora(load_adapter(base, PEFT / "dora"), report=ours.append)
+    wanted = ours[0].drift["layers/q_proj"].adapter
+    found = [d for name, d in report.drift.items() if "q_proj" in name]
+    mean_square = sum(d.adapter**2 for d in found) / len(found)
+    assert len(report.drift) == 4 and mean_square**0.5 == pytest.approx(wanted, rel=0.1)
+    for drift in report.drift.values():
+        assert least <= drift.error <= most
+
+
 def test_an_adapter_is_merged_into_4_bits(tmp_path):
     merge_adapter(PEFT / "base", PEFT / "plain", tmp_path / "q", quantize="nf4")
     merge_adapter(PEFT / "base", PEFT / "plain", tmp_path / "d")
@@ -213,7 +250,8 @@ def test_a_damaged_source_leaves_nothing(tmp_path):
 
 def test_lines_of_progress(tmp_path, capsys):
     quantize_model(FAMILIES / "source", tmp_path / "q", progress=True)
-    assert capsys.readouterr().err.startswith("Quantizing source: 0.00 of 0.00 GB")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("Quantizing source: 0.14 of 0.14 MB, ")
 
 
 MEMORY = """
@@ -247,6 +285,6 @@ def test_quantizing_holds_a_shard_and_not_the_model(tmp_path):
         text=True,
         check=True,
     )
-    # A shard, and a tensor with its temporaries.
-    assert int(done.stdout) <= 200_000_000, total
+    # A shard, and tensors with their temporaries: the more, the busier the machine.
+    assert int(done.stdout) <= 260_000_000, total
     assert len(list((tmp_path / "big-q").glob("*.safetensors"))) == 3

@@ -1,5 +1,6 @@
 """Logits of every family against those of transformers 5.23.0 (make_families.py)."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.generate import generate
 from qlora_jax.interop.hub import load_model
 from qlora_jax.models.config import config_from_hf, config_to_hf
 from tests.conftest import GOLDEN
@@ -94,3 +96,17 @@ def test_the_config_out_is_the_config_in(name):
     assert config_from_hf(ours) == config
     differing = {key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]}
     assert differing <= {"max_window_layers"}  # without effect: no window
+
+
+def test_generation_sees_the_window():
+    """Mistral's: with a cache as without, past the window of 6 tokens."""
+    model = load_model(FAMILIES / "mistral", dtype=jnp.float32)
+    prompts = [[1, 5, 9, 2, 7, 30, 12, 11, 3, 4], [7, 8, 9]]
+    answers = generate(model, prompts, max_new_tokens=16, eos_ids=[])
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = jnp.asarray([[*prompt, *answer]])
+        wanted = model(tokens)[0, len(prompt) - 1 : -1].argmax(axis=-1)
+        assert answer == wanted.tolist()
+    whole = dataclasses.replace(model.config, sliding_window=None)
+    model.config = model.layers.config = whole
+    assert generate(model, prompts, max_new_tokens=16, eos_ids=[]) != answers

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.interop.hub import load_model
-from qlora_jax.interop.peft import load_adapter, save_adapter
+from qlora_jax.interop.peft import load_adapter, save_adapter, whole_options
 from qlora_jax.lora import (
     LoraTensor,
     add_lora,
@@ -211,7 +211,12 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     "config, tensors, error, match",
     [
         ({"peft_type": "IA3"}, {}, NotImplementedError, "peft_type 'IA3'"),
-        ({"bias": "all"}, {}, NotImplementedError, "bias='all'; supported: 'none'"),
+        (
+            {"bias": "some"},
+            {},
+            ValueError,
+            "bias is 'some', none of none, lora_only, all",
+        ),
         ({"modules_to_save": ["x"]}, {}, ValueError, "nothing of modules_to_save 'x'"),
         ({"init_lora_weights": "pissa"}, {}, NotImplementedError, "'pissa' adapts a"),
         ({"r": "4"}, {}, ValueError, "r is '4', not a positive number"),
@@ -422,3 +427,63 @@ def test_an_adapter_from_the_hub(base, monkeypatch, logits):
     assert asked == [("nobody-has/this-name", "v2")]
     tokens = jnp.asarray(logits["tokens"], jnp.int32)
     assert relative(model(tokens), logits["plain"]) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def biased():
+    return load_model(GOLDEN / "families" / "llama_bias", dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def biased_logits():
+    with np.load(FOLDER / "biases.npz") as archive:
+        yield dict(archive)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases(biased, biased_logits, bias, tmp_path):
+    """PEFT's logits; and written again, its tensors and what its config says."""
+    model = load_adapter(biased, FOLDER / f"bias_{bias}")
+    tokens = jnp.asarray(biased_logits["tokens"], jnp.int32)
+    assert relative(model(tokens), biased_logits[bias]) < 1e-5
+    assert relative(model(tokens), biased_logits["base"]) > 0.1
+    save_adapter(model, tmp_path, bias=bias, base_model="llama_bias")
+    got = load_file(tmp_path / "adapter_model.safetensors")
+    wanted = load_file(FOLDER / f"bias_{bias}" / "adapter_model.safetensors")
+    assert got.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        np.testing.assert_array_equal(got[key], tensor, err_msg=key)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == bias
+
+
+@pytest.mark.parametrize(
+    "also, bias, modules",
+    [
+        ("(q|down)_proj_bias$", "lora_only", []),
+        ("bias$", "all", []),
+        ("bias$|norm$", "all", ["input_layernorm", "post_attention_layernorm", "norm"]),
+        ("embed", "none", ["embed_tokens"]),
+    ],
+)
+def test_what_is_trained_whole_says_how_it_is_saved(biased, also, bias, modules):
+    model = add_lora(biased, rank=2, targets="(q|down)_proj$", key=KEY)
+    options = whole_options(model, also)
+    assert options == {"modules_to_save": modules, "bias": bias}
+
+
+def test_trained_biases_come_back(biased, tmp_path):
+    model = add_lora(biased, rank=2, targets="(q|down)_proj$", key=KEY)
+    trainable, frozen = split_trainable(model, also="bias$")
+    moved = join_trainable(jax.tree.map(lambda x: x + 1, trainable), frozen)
+    save_adapter(moved, tmp_path, **whole_options(moved, "bias$"))
+    again = load_adapter(biased, tmp_path)
+    for got, wanted in zip(*map(jax.tree.leaves, (again, moved)), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_biases_that_are_none(base, tmp_path):
+    model = load_adapter(base, FOLDER / "plain")
+    with pytest.raises(ValueError, match="no bias to save, the model has none"):
+        save_adapter(model, tmp_path, bias="all")
+    with pytest.raises(ValueError, match="bias='some' must be one of none, lora_only"):
+        save_adapter(model, tmp_path, bias="some")  # type: ignore

@@ -24,8 +24,17 @@ def test_a_line_every_five_seconds(clock, capsys):
     )
 
 
+def test_what_is_small_is_told_in_megabytes(clock, capsys):
+    with Progress("Loading m", 4_000_000) as shown:
+        clock[0] = 8.0
+        shown.advance(1_000_000)
+    assert capsys.readouterr().err == (
+        "Loading m: 1.00 of 4.00 MB, 0.12 MB/s, 8 s, 24 s left\n"
+    )
+
+
 def test_what_is_quick_prints_nothing_unless_asked(clock, capsys):
-    for show, expected in ((None, ""), (False, ""), (True, "x: 0.00 of 0.00 GB, 0.0")):
+    for show, expected in ((None, ""), (False, ""), (True, "x: 0.00 of 0.00 MB, 0.0")):
         with Progress("x", 10, show) as shown:
             clock[0] += 1
             shown.advance(10)

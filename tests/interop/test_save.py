@@ -179,6 +179,12 @@ def test_shards(tmp_path, source):
         np.testing.assert_array_equal(a, b)
 
 
+def test_files_are_for_whom_the_folder_is_for(tmp_path, source):
+    save_model(source, tmp_path / "out", shard_bytes=100_000)
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
+
+
 def test_dequantized(tmp_path):
     model = load_model(FAMILIES / "nf4_double")
     save_model(model, tmp_path / "out", dequantized=True, dtype=jnp.float32)

@@ -14,6 +14,7 @@ from qlora_jax.lora import (
     split_trainable,
     with_rank,
 )
+from qlora_jax.lora.low_rank import prefers_masked
 from tests.lora.models import Model, tokens
 from tests.lora.test_adapters import perturbed
 
@@ -138,3 +139,29 @@ def test_wrong_calls():
     dora, frozen = adapted(arrays(), dora=True)
     with pytest.raises(ValueError, match="is DoRA's: its magnitudes do not add"):
         combine_adapters([dora], [1.0], frozen)
+
+
+# Rows, tokens, adapters, rank; microseconds masked and gathered, as in docs/lora.md.
+MEASURED = [
+    (8, 1, 4, 16, 33.4, 27.7),
+    (32, 1, 16, 16, 54.9, 50.7),
+    (64, 1, 64, 16, 107.2, 71.9),
+    (8, 512, 4, 16, 818.7, 803.4),
+    (32, 128, 8, 16, 849.4, 827.7),
+    (8, 1, 4, 64, 33.9, 49.0),
+    (32, 1, 16, 64, 62.7, 136.2),
+    (64, 1, 64, 64, 120.7, 232.0),
+    (8, 512, 4, 64, 881.4, 857.7),
+    (32, 128, 8, 64, 925.7, 900.2),
+    (32, 16, 16, 32, 143.4, 159.2),
+    (64, 1, 64, 8, 64.2, 57.6),
+    (16, 16, 8, 64, 82.6, 105.6),
+]
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_on_a_gpu_what_was_faster_is_chosen(case):
+    *sizes, masked, gathered = case
+    assert prefers_masked(*sizes, platform="gpu") == (masked < gathered)
+    # However many adapters there are, a few rows do not pay for all of them.
+    assert not prefers_masked(8, 1, 256, 64, platform="gpu")

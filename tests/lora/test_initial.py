@@ -1,4 +1,4 @@
-"""Initial values against PEFT's formulas, computed in float64 numpy."""
+"""Initial values against PEFT's formulas, computed in float64 numpy, and its values."""
 
 import functools
 
@@ -10,6 +10,7 @@ import pytest
 from qlora_jax.lora import add_lora, loftq
 from qlora_jax.lora.initial import orthogonal
 from qlora_jax.quant import QuantizedTensor, dequantize, quantize
+from tests.conftest import GOLDEN
 
 KEY = jax.random.key(3)
 W = jax.random.normal(jax.random.key(0), (2, 64, 96)) / 8
@@ -96,6 +97,52 @@ def test_the_base_can_be_quantized_on_the_way():
     wanted = quantize(W, "fp4")
     np.testing.assert_array_equal(lt.w.codes, wanted.codes)
     assert lt.a.shape == (2, 64, 8)
+
+
+@pytest.fixture(scope="module")
+def peft():
+    """What PEFT 0.21.2 made of one matrix (make_peft.py --initial), as [in, out]."""
+    with np.load(GOLDEN / "peft_lora" / "initial.npz") as archive:
+        return {name: value.T for name, value in archive.items()}
+
+
+@pytest.mark.parametrize("alpha", [8, 2])
+def test_pissa_is_that_of_peft(peft, alpha):
+    lt = add(jnp.asarray(peft["weight"]), init="pissa", alpha=alpha)
+    a, b, base = (peft[f"pissa_{alpha}_{part}"] for part in ("a", "b", "base"))
+    # Singular vectors have a sign each, which cancels in the product.
+    signs = np.sign((np.asarray(lt.a) * a).sum(0))
+    # Near ones turn into each other by a rounding.
+    np.testing.assert_allclose(lt.a * signs, a, atol=2e-4)
+    np.testing.assert_allclose(lt.b * signs[:, None], b, atol=2e-4)
+    np.testing.assert_allclose(lt.w, base, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_loftq_is_that_of_peft(peft, steps):
+    """PEFT quantizes without double quantization, which moves a weight by 0.005."""
+    weight, init = jnp.asarray(peft["weight"]), functools.partial(loftq, steps=steps)
+    lt = add(weight, init=init, quantize="nf4")
+    a, b, base = (peft[f"loftq_{steps}_{part}"] for part in ("a", "b", "base"))
+    ours, theirs = np.asarray(lt.a @ lt.b), a @ b
+    if steps == 1:
+        assert relative(dequantize(lt.w), base) < 0.01
+        assert relative(ours, theirs) < 0.1
+    # The sums err alike: what LoftQ is for.
+    assert relative(dequantize(lt.w) + ours, weight) == pytest.approx(
+        relative(base + theirs, weight), rel=0.02
+    )
+
+
+def test_the_orthogonal_start_of_peft_has_the_properties_of_ours(peft):
+    """It is drawn, so what is compared is what the draw is of."""
+    theirs = peft["orthogonal_a"], peft["orthogonal_b"]
+    for pair in (orthogonal(KEY, (64, 8, 96)), theirs):
+        a, b = (np.asarray(factor, np.float64) for factor in pair)
+        assert np.abs(a @ b).max() < 1e-6
+        assert np.linalg.matrix_rank(a, tol=1e-3) == 4
+        assert np.linalg.matrix_rank(b, tol=1e-3) == 4
+        np.testing.assert_allclose([(a**2).mean(), (b**2).mean()], 0.005, rtol=0.3)
 
 
 def test_wrong_calls():

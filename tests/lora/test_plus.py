@@ -1,12 +1,16 @@
 """LoRA+: the second factor, and magnitudes, learn faster by the ratio."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from qlora_jax.lora import add_lora, lora_plus, split_trainable
+from tests.conftest import GOLDEN
 from tests.lora.models import Model
+
+KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize("module", [False, True])
@@ -29,6 +33,19 @@ def test_b_and_magnitude_learn_faster(module):
         count += ratio == 16
         np.testing.assert_allclose(fast, ratio * slow, rtol=1e-6)
     assert count == 2 * len(jax.tree.leaves(trainable)) // 3
+
+
+def test_the_rates_are_those_of_peft():
+    """One step of its optimizer under a gradient of ones (make_peft.py --initial)."""
+    lt = add_lora(jnp.ones((8, 6)), rank=2, targets="", dora=True, key=KEY)
+    trainable, _ = split_trainable(lt)
+    gradients = jax.tree.map(jnp.ones_like, trainable)
+    tx = optax.chain(optax.sgd(1.0), lora_plus(16))
+    moved = tx.update(gradients, tx.init(trainable))[0]
+    with np.load(GOLDEN / "peft_lora" / "initial.npz") as archive:
+        for leaf, name in (("a", "A"), ("b", "B"), ("magnitude", "magnitude_vector")):
+            wanted = -archive[f"plus_lora_{name}"]
+            np.testing.assert_allclose(getattr(moved, leaf), wanted, rtol=1e-5)
 
 
 def test_wrong_ratio():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_jax import load_adapter, save_adapter
-from qlora_jax.interop.peft import whole_modules
+from qlora_jax.interop.peft import whole_options
 from qlora_jax.lora import fold_rows, split_trainable, train_rows
 from qlora_jax.train import fit
 from tests.train.tiny import SMALL, adapted, batches
@@ -26,14 +26,15 @@ def test_embedding_and_norms_train_whole_beside_the_adapters(tmp_path):
     ]
     assert all(moved) and len(moved) == 2 * 7 + 4
     # As modules of PEFT's: what the command line saves.
-    names = whole_modules(trained, config.also)
-    assert set(names) == {
+    options = whole_options(trained, config.also)
+    assert options["bias"] == "none"
+    assert set(options["modules_to_save"]) == {
         "embed_tokens",
         "norm",
         "input_layernorm",
         "post_attention_layernorm",
     }
-    save_adapter(trained, tmp_path, modules_to_save=names)
+    save_adapter(trained, tmp_path, **options)
     again = load_adapter(adapted(), tmp_path)
     np.testing.assert_array_equal(again.embed[...], trained.embed[...])
     with pytest.raises(ValueError, match="also 'wte' is found in the path of no array"):
