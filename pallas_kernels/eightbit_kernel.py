@@ -1,7 +1,7 @@
 """A step of Adam or Lion with moments in 8 bits, in one pass over memory.
 
 A warp holds a block of 256 numbers, eight a lane: it decodes the moments, updates them,
-finds the new absmax by shuffles and encodes. Codes and scales are written where they
+finds the new absmax and encodes. Codes and scales are written where they
 were read. What a number costs beside its arithmetic:
 
 * decoding is a look-up in shared memory, one copy of the table a lane (entry `c` of
@@ -364,17 +364,20 @@ class _Step:
     def encode(self, i: int, number, inverse):
         """The nearest code, in the low byte."""
         table = self.tables[i]
+        start = (
+            "{.reg .pred p, n; .reg .f32 q, t; .reg .b32 a, b, d, e, u; "
+            "mul.rn.f32 q, $1, $2; "
+        )
         # A quotient that is no number becomes 1: the look-up stays in the table.
         look_up = (
-            f"mul.rn.f32 q, $1, $2; abs.f32 t, q; min.f32 t, t, {_ONE}; max.f32 t, t, 0f{table.base:08X}; "
+            f"abs.f32 t, q; min.f32 t, t, {_ONE}; max.f32 t, t, 0f{table.base:08X}; "
             f"mov.b32 a, t; shl.b32 u, a, {32 - table.shift}; "
             f"shr.u32 a, a, {table.shift}; mad.lo.u32 a, a, 4, b; "
             "ld.shared.b32 e, [a]; setp.gt.u32 p, u, e; "
         )
-        registers = "{.reg .pred p, n; .reg .f32 q, t; .reg .b32 a, b, d, e, u; "
         if not table.signed:
             return emit.ptx(
-                f"{registers} mov.b32 b, $3; {look_up} @p add.u32 e, e, 1; "
+                f"{start} mov.b32 b, $3; {look_up} @p add.u32 e, e, 1; "
                 "mov.b32 $0, e;}",
                 number,
                 inverse,
@@ -382,9 +385,8 @@ class _Step:
                 out="r",
             )
         return emit.ptx(
-            f"{registers} mul.rn.f32 q, $1, $2; setp.lt.f32 n, q, 0f00000000; "
-            "selp.b32 b, $4, $3, n; selp.b32 d, -1, 1, n; "
-            f"{look_up} @p add.u32 e, e, d; mov.b32 $0, e;}}",
+            f"{start} setp.lt.f32 n, q, 0f00000000; selp.b32 b, $4, $3, n; "
+            f"selp.b32 d, -1, 1, n; {look_up} @p add.u32 e, e, d; mov.b32 $0, e;}}",
             number,
             inverse,
             self.intervals[i].value,

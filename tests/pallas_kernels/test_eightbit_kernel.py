@@ -1,10 +1,12 @@
 """The step of 8-bit Adam and Lion: bit for bit on numpy, and lowered for CUDA."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import eightbit_kernel as kernels
+from pallas_kernels import tuning
 from qlora_jax.quant.formats import dynamic_map
 from tests.pallas_kernels.emulator import Emulator
 
@@ -160,3 +162,53 @@ def test_codes_too_near_for_the_table_are_refused():
     near = 0.5 + np.arange(255) * 2.0**-24
     with pytest.raises(NotImplementedError, match=r"nearer than 2\*\*-15"):
         kernels.code_table((0.0, *map(float, near)))
+
+
+def arguments(name, shape=(64, 130), dtype=jnp.float32):
+    """Shapes of a call: gradient, factors, moments."""
+    *_, factors, books = RULES[name]
+    g = jax.ShapeDtypeStruct(shape, dtype)
+    moment = (
+        jax.ShapeDtypeStruct(shape, jnp.uint8),
+        jax.ShapeDtypeStruct((-(-g.size // BLOCK),), jnp.float32),
+    )
+    return g, jax.ShapeDtypeStruct((len(factors),), jnp.float32), [moment] * len(books)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", RULES)
+def test_both_lower_for_cuda_and_write_in_place(name, dtype):
+    books = RULES[name][-1]
+    step = jax.jit(lambda *args: getattr(kernels, name)(*args, books))
+    traced = step.trace(*arguments(name, dtype=dtype))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+    assert text.count("#stablehlo.output_operand_alias<") == 2 * len(books)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "shape, dtype, message",
+    [
+        ((41, 101), jnp.float32, r"g.size=4141 must be a multiple of 4"),
+        ((0,), jnp.float32, r"g.size=0 must be a multiple of 4"),
+        ((64, 64), jnp.int32, r"must be bfloat16, float16 or float32"),
+    ],
+)
+def test_what_it_cannot_is_said(name, shape, dtype, message):
+    books = RULES[name][-1]
+    with pytest.raises(NotImplementedError, match=message):
+        getattr(kernels, name)(*arguments(name, shape, dtype), books)
+
+
+def test_scales_of_other_blocks_are_refused():
+    g, factors, [(codes, _)] = arguments("lion")
+    absmax = jax.ShapeDtypeStruct((65,), jnp.float32)  # of blocks of 128
+    with pytest.raises(NotImplementedError, match=r"must be \(64, 130\) and \(33,\)"):
+        kernels.lion(g, factors, [(codes, absmax)], (SIGNED,))
+
+
+def test_an_old_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(tuning, "compute_capability", lambda: 7.5)
+    with pytest.raises(NotImplementedError, match="bfloat16 came with"):
+        kernels.lion(*arguments("lion"), (SIGNED,))
