@@ -581,7 +581,7 @@ def _flat_step(emitter, codebooks, g, factors, *state):
         scratch = plgpu.SMEM((smem_bytes(codebooks),), jnp.uint8)
         pl.run_scoped(with_scratch, scratch, collective_axes="wg")
 
-    kernel = pl.kernel(
+    kernel: Any = pl.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(g.shape, g.dtype),
         mesh=plgpu.Mesh(
