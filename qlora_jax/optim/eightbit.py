@@ -232,6 +232,10 @@ def adam8bit(
     smallest negative number. Where a gradient is not finite, both moments become zero
     and the parameter stays, so that one bad number does not spoil its block.
 
+    On one NVIDIA GPU (compute capability 8.0 and above) a step of a parameter with a
+    multiple of 4 numbers is one kernel, for blocks of 256 and rounding to the nearest;
+    elsewhere it is XLA's, with the same state.
+
     Args:
         learning_rate: a number or a schedule.
         b1: decay of the first moment.
