@@ -232,9 +232,9 @@ def adam8bit(
     smallest negative number. Where a gradient is not finite, both moments become zero
     and the parameter stays, so that one bad number does not spoil its block.
 
-    On one NVIDIA GPU (compute capability 8.0 and above) a step of a parameter with a
-    multiple of 4 numbers is one kernel, for blocks of 256 and rounding to the nearest;
-    elsewhere it is XLA's, with the same state.
+    On one Hopper GPU a step of a parameter with a multiple of 4 numbers is one kernel,
+    for blocks of 256 and rounding to the nearest; elsewhere it is XLA's, with the same
+    state.
 
     Args:
         learning_rate: a number or a schedule.
@@ -390,8 +390,7 @@ def _kernel(block_size: int) -> Any:
 
     A kernel is not partitioned, so with several devices the compiler's form is used.
     """
-    capability = tuning.compute_capability()
-    if capability is None or capability < 8 or jax.device_count() > 1:
+    if not tuning.has_hopper() or jax.device_count() > 1:
         return None
     from pallas_kernels import eightbit_kernel  # the GPU part of Pallas
 

@@ -15,7 +15,7 @@ PARAMS = {"w": (64, 130), "other": (128, 64), "ragged": (41, 101), "small": (409
 
 @pytest.fixture
 def one_gpu(monkeypatch):
-    """Tracing as on a machine with one NVIDIA GPU."""
+    """Tracing as on a machine with one Hopper GPU."""
     monkeypatch.setattr(tuning, "compute_capability", lambda: 9.0)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
@@ -49,9 +49,10 @@ def test_a_kernel_is_one_equation_of_a_page(one_gpu, optimizer):
 def test_where_it_cannot_the_plain_form_serves(one_gpu, monkeypatch):
     assert kernels_in(adamw8bit(1e-3, block_size=128)) == 0
     assert kernels_in(adamw8bit(1e-3, stochastic_rounding=True)) == 0
-    monkeypatch.setattr(tuning, "compute_capability", lambda: 7.5)
-    assert kernels_in(adamw8bit(1e-3)) == 0
-    monkeypatch.setattr(tuning, "compute_capability", lambda: 8.0)
+    for capability in (None, 8.0, 12.0):
+        monkeypatch.setattr(tuning, "compute_capability", lambda c=capability: c)
+        assert kernels_in(adamw8bit(1e-3)) == 0
+    monkeypatch.setattr(tuning, "compute_capability", lambda: 9.0)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     assert kernels_in(adamw8bit(1e-3)) == 0
 
