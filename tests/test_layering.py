@@ -14,7 +14,7 @@ ALLOWED = {
     "pallas_kernels": set(),
     "qlora_jax.quant": {"pallas_kernels"},
     "qlora_jax.lora": {"qlora_jax.quant"},
-    "qlora_jax.optim": {"qlora_jax.quant"},
+    "qlora_jax.optim": {"pallas_kernels", "qlora_jax.quant"},
     "qlora_jax.sharding": set(),
     "qlora_jax.models": {"qlora_jax.sharding"},
     "qlora_jax.interop": {

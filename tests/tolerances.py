@@ -14,6 +14,9 @@ GRADIENT_RELATIVE = {"float32": 2e-6, "bfloat16": 5e-3, "float16": 1e-3}
 ULP_NESTED_OFFSET = 4
 ULP_SLICED_OPTIMIZER = 2
 
+# An update of the fused 8-bit step against its rule: ten roundings, or the type's.
+FUSED_UPDATE_RELATIVE = {"float32": 6e-7, "bfloat16": 2**-7, "float16": 2**-10}
+
 # Mean |error| of N(0, 1) data, block 64, float32 absmax, at 2**20 samples: published by
 # the authors of bitsandbytes (nf4, fp4); the spread of the sample mean is about 6e-5.
 MEAN_ABS_ERROR = {"nf4": 0.072798, "fp4": 0.096543}

@@ -283,6 +283,14 @@ class Emulator:
                 "gt": np.greater,
             }
             predicates[operands[0]] = compare[op[1]](a, b)
+        elif kind == "selp":
+            chosen = [read(o) for o in operands[1:3]]
+            write(operands[0], np.where(predicates[operands[3]], *chosen), mask)
+        elif kind == "redux":
+            value = read(operands[1]).reshape(-1, 32)
+            assert (mask.reshape(-1, 32).any(1) == mask.reshape(-1, 32).all(1)).all()
+            highest = np.broadcast_to(value.max(1, keepdims=True), value.shape)
+            write(operands[0], highest.reshape(-1), mask)
         elif kind == "shfl":
             value = read(operands[1]).reshape(-1, 32)
             warps = mask.reshape(-1, 32)
@@ -326,6 +334,7 @@ class Emulator:
                 return {
                     "add": lambda a, b: a + b,
                     "mul": lambda a, b: a * b,
+                    "sqrt": np.sqrt,
                     "max": np.fmax,
                     "min": np.fmin,
                     "abs": np.abs,
@@ -335,6 +344,8 @@ class Emulator:
             return {
                 "mov": lambda a: a,
                 "add": lambda a, b: a + b,
+                "sub": lambda a, b: a - b,
+                "min": np.minimum,
                 "and": lambda a, b: a & b,
                 "or": lambda a, b: a | b,
                 "shl": lambda a, b: a << b,
