@@ -1,7 +1,6 @@
 """What 4 bits cost: QLoRA, bf16 LoRA and full bf16 finetuning, compared.
 
-    python -m benchmarks.quality --data FOLDER               the whole study
-    python -m benchmarks.quality --data FOLDER --sweep       learning rates, one seed
+    python -m benchmarks.quality --data FOLDER
     python -m benchmarks.quality --data FOLDER --rows 64 --seeds 1   a trial
 
 Finetunes one model on GSM8K and on ARC-easy by each method and with several seeds (of
@@ -9,9 +8,13 @@ the adapters' start and the order of the data), and measures held-out loss and a
 before and after. The folder holds gsm8k_train.jsonl.gz, gsm8k_test.jsonl and
 arc_easy_{train,test}.jsonl.gz.
 
-The step of a method is compiled once: learning rate and number of steps are state of
-the optimizer. Prints a table and writes benchmarks/results/quality.json after each row;
-with `--limit` the last seeds are left out rather than the time exceeded.
+First short runs choose a learning rate for each task, one for adapters, whatever the
+base is held in, and one for all weights: they train on a part of the training rows and
+are compared on the rest of them. The step of a method is compiled once, since learning
+rate and number of steps are state of the optimizer.
+
+Prints a table and writes benchmarks/results/quality.json after each row; with `--limit`
+the last seeds are left out rather than the time exceeded.
 """
 
 import argparse
@@ -53,27 +56,25 @@ METHODS = (
     Method("bf16 LoRA", None, adapters=True),
     Method("full bf16", None, adapters=False),
 )
-# Of each task: passes over its rows, and the learning rate of adapters and of all.
-SETTINGS = {
-    "gsm8k": (2, {True: 1e-3, False: 1e-4}),
-    "arc numbers": (3, {True: 1e-3, False: 1e-4}),
-    "arc texts": (3, {True: 1e-3, False: 1e-4}),
-}
-SWEPT = {True: (5e-4, 1e-3, 2e-3, 4e-3), False: (5e-5, 1e-4, 2e-4, 4e-4)}
+EPOCHS = {"gsm8k": 1, "arc texts": 3, "arc numbers": 2}
+# Learning rates that are tried: of adapters, and of all weights.
+RATES = {True: (2e-3, 4e-3, 8e-3), False: (1e-4, 3e-4, 1e-3)}
+
+
+def learning_rate(count: Any, peak: Any, steps: Any) -> Any:
+    """Returns the rate of step `count`: it rises, then falls along a line to 0."""
+    rising = (count + 1) / (WARMUP * steps)
+    falling = (steps - count) / ((1 - WARMUP) * steps)
+    return peak * jnp.minimum(jnp.minimum(rising, falling), 1)
 
 
 @optax.inject_hyperparams
 def adamw(peak: float, steps: float) -> optax.GradientTransformation:
-    """AdamW behind a clip; its rate rises, then falls along a line to 0.
+    """AdamW behind a clip, at `learning_rate`.
 
     `peak` and `steps` are numbers in the state, so that one program serves all.
     """
-
-    def rate(count):
-        rising = (count + 1) / (WARMUP * steps)
-        falling = (steps - count) / ((1 - WARMUP) * steps)
-        return peak * jnp.minimum(jnp.minimum(rising, falling), 1)
-
+    rate = functools.partial(learning_rate, peak=peak, steps=steps)
     return optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(rate, b2=0.999))
 
 
@@ -174,28 +175,19 @@ class Trainer:
         """Returns the trained model, and the seconds that took."""
         trainable, state, frozen = self.start(seed, peak, steps)
         jax.block_until_ready((trainable, state))
-        began, loss = time.perf_counter(), np.nan
+        began = time.perf_counter()
         for _, batch in zip(range(steps), batches, strict=False):
-            trainable, state, metrics = self.step(trainable, state, frozen, batch)
-            loss = metrics["loss"]
-        if not np.isfinite(float(loss)):  # waits
-            raise FloatingPointError(f"The loss of the last step is {loss}.")
+            trainable, state, _ = self.step(trainable, state, frozen, batch)
+        jax.block_until_ready(trainable)
         seconds = time.perf_counter() - began
         return ql.join_trainable(trainable, frozen), seconds
 
 
 def measure(model: Any, task: Task, seq_len: int) -> tuple[float, Accuracy]:
     """Returns the held-out loss and the accuracy of a model."""
+    accuracy = task.accuracy(model)
     batches = ql.data.in_order(task.test, batch_size=16, seq_len=seq_len, packing=True)
-    return ql.evaluate(model, batches, chunk_size=2048), task.accuracy(model)
-
-
-def steps_of(task: Task, batch_size: int, seq_len: int, epochs: float) -> int:
-    """Returns the steps of so many passes over the task's rows."""
-    rows = ql.data.Batches(
-        task.train, batch_size=batch_size, seq_len=seq_len, packing=True
-    ).rows
-    return max(round(epochs * len(rows) / batch_size), 1)
+    return ql.evaluate(model, batches, chunk_size=2048), accuracy
 
 
 class Study:
@@ -203,7 +195,9 @@ class Study:
 
     def __init__(self, arguments: argparse.Namespace):
         self.began = time.perf_counter()
-        self.arguments, self.rows = arguments, []
+        self.arguments = arguments
+        self.rows: list[dict[str, Any]] = []
+        self.swept: list[dict[str, Any]] = []
         path = ql.find_model(arguments.model)
         self.size = {"batch_size": arguments.batch, "seq_len": arguments.seq}
         methods = [method for method in METHODS if method.name in arguments.methods]
@@ -219,7 +213,10 @@ class Study:
             )
             self.say("data read")
             bases = loaded.result()
-        self.tasks = [task for task in tasks if task.name in arguments.tasks]
+        self.tasks = sorted(
+            (task for task in tasks if task.name in arguments.tasks),
+            key=lambda task: list(EPOCHS).index(task.name),
+        )
         options = {"rank": arguments.rank, "unroll": arguments.unroll}
         self.trainers = {
             method.name: Trainer(method, bases[method.quantize], **self.size, **options)
@@ -235,7 +232,7 @@ class Study:
         """Prints it, with the time."""
         print(f"[{self.elapsed():5.0f} s] {what}", flush=True)
 
-    def prepare(self, *, measure_before: bool) -> dict[tuple[str, str], tuple]:
+    def prepare(self) -> dict[tuple[str, str], tuple[float, Accuracy]]:
         """Compiles everything side by side; returns the numbers before training."""
         before: dict[tuple[str, str], tuple[float, Accuracy]] = {}
 
@@ -246,60 +243,66 @@ class Study:
                 f"{trainer.step_gb:.2f} GB"
             )
 
-        def measure_all(trainer: Trainer) -> None:
+        def measure_some(trainer: Trainer, tasks: Sequence[Task]) -> None:
             name, model = trainer.method.name, trainer.untrained()
-            for task in self.tasks:
+            for task in tasks:
                 found = measure(model, task, self.size["seq_len"])
                 before[task.name, name] = found
                 self.say(f"{task.name}, {name}, untrained: {found[0]:.4f} {found[1]}")
 
+        # What ARC asks in two ways shares programs.
+        parts = [
+            [task for task in self.tasks if task.name.startswith("arc") is arc]
+            for arc in (False, True)
+        ]
         trainers = list(self.trainers.values())
-        with concurrent.futures.ThreadPoolExecutor(2 * len(trainers)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(3 * len(trainers)) as pool:
             work = [pool.submit(compile_step, trainer) for trainer in trainers]
-            if measure_before:
-                work += [pool.submit(measure_all, trainer) for trainer in trainers]
+            work += [
+                pool.submit(measure_some, trainer, part)
+                for trainer in trainers
+                for part in parts
+            ]
             for done in concurrent.futures.as_completed(work):
                 done.result()
         return before
 
     def run(self) -> None:
         """Takes all rows, seed after seed, as long as there is time."""
-        before = self.prepare(measure_before=True)
-        took: dict[tuple[str, str], float] = {}
+        before = self.prepare()
+        peaks = {task.name: self.chosen_rates(task) for task in self.tasks}
+        took: dict[str, float] = {}  # of each task, by all methods
         for seed in range(self.arguments.seeds):
             for task in self.tasks:
-                epochs, rates = SETTINGS[task.name]
-                epochs *= self.arguments.epochs
+                began = self.elapsed()
+                if began + took.get(task.name, 0) > self.arguments.limit:
+                    self.say(f"no time for {task.name}, seed {seed}")
+                    continue
                 for name, trainer in self.trainers.items():
-                    left = self.arguments.limit - self.elapsed()
-                    if took.get((task.name, name), 0) > left:
-                        self.say(f"no time for {task.name}, {name}, seed {seed}")
-                        continue
-                    start = time.perf_counter()
-                    peak = rates[trainer.method.adapters]
-                    row = self._row(task, trainer, seed, peak, epochs)
-                    took[task.name, name] = time.perf_counter() - start
+                    peak = peaks[task.name][trainer.method.adapters]
                     loss, accuracy = before[task.name, name]
-                    row |= {"loss_before": loss, "accuracy_before": accuracy.share}
-                    self.rows.append(row)
-                    self.write("quality")
-                    self.say(
-                        f"{task.name}, {name}, seed {seed}: loss {loss:.4f} to "
-                        f"{row['loss_after']:.4f}, right {accuracy.share:.1%} to "
-                        f"{row['accuracy_after']:.1%}, {row['steps']} steps in "
-                        f"{row['train_s']:.1f} s, measured in {row['measure_s']:.1f} s"
-                    )
+                    row = {"loss_before": loss, "accuracy_before": accuracy.share}
+                    self.rows.append(row | self.row(task, trainer, seed, peak))
+                    self.write()
+                took[task.name] = self.elapsed() - began
         print(quality_table.table(self.rows))
 
-    def _row(
-        self, task: Task, trainer: Trainer, seed: int, peak: float, epochs: float
+    def row(
+        self, task: Task, trainer: Trainer, seed: int, peak: float
     ) -> dict[str, Any]:
+        """Trains and measures once."""
         batches = ql.data.Batches(task.train, seed=seed, packing=True, **self.size)
-        steps = steps_of(task, **self.size, epochs=epochs)
+        epochs = EPOCHS[task.name] * self.arguments.epochs
+        steps = max(round(epochs * len(batches.rows) / batches.batch_size), 1)
         model, seconds = trainer.train(batches, seed, peak, steps)
-        start = time.perf_counter()
+        began = time.perf_counter()
         loss, accuracy = measure(model, task, self.size["seq_len"])
-        tokens = steps * self.size["batch_size"] * self.size["seq_len"]
+        measured = time.perf_counter() - began
+        self.say(
+            f"{task.name}, {trainer.method.name}, seed {seed}: loss {loss:.4f}, right "
+            f"{accuracy.share:.1%}, {steps} steps in {seconds:.1f} s, measured in "
+            f"{measured:.1f} s"
+        )
         return {
             "task": task.name,
             "method": trainer.method.name,
@@ -311,47 +314,45 @@ class Study:
             "accuracy_after": accuracy.share,
             "questions": accuracy.count,
             "train_s": seconds,
-            "measure_s": time.perf_counter() - start,
-            "tokens_per_s": tokens / seconds,
+            "measure_s": measured,
+            "tokens_per_s": steps * batches.batch_size * self.size["seq_len"] / seconds,
             "step_gb": trainer.step_gb,
         }
 
-    def sweep(self) -> None:
-        """Short runs with several learning rates, on a part of the training rows.
+    def chosen_rates(self, task: Task) -> dict[bool, float]:
+        """Returns the best of `RATES`, of adapters and of all weights, by short runs.
 
         The test rows are not looked at: the last eighth of the training rows is.
         """
-        self.prepare(measure_before=False)
-        for task in self.tasks:
-            cut = len(task.train) * 7 // 8
-            part = dataclasses.replace(
-                task, train=task.train[:cut], test=task.train[cut:]
+        cut = len(task.train) * 7 // 8
+        batches = ql.data.Batches(task.train[:cut], packing=True, **self.size)
+        held_out = ql.data.in_order(
+            task.train[cut:], batch_size=16, seq_len=self.size["seq_len"], packing=True
+        )
+        best: dict[bool, float] = {}
+        # One method for each kind; of two with adapters the last, which is not QLoRA.
+        kinds = {trainer.method.adapters: trainer for trainer in self.trainers.values()}
+        for adapters, trainer in kinds.items():
+            losses = {}
+            for peak in RATES[adapters]:
+                steps = self.arguments.sweep_steps
+                model, _ = trainer.train(batches, 0, peak, steps)
+                losses[peak] = ql.evaluate(model, held_out, chunk_size=2048)
+                self.swept.append({
+                    "task": task.name,
+                    "method": trainer.method.name,
+                    "learning_rate": peak,
+                    "steps": steps,
+                    "loss": losses[peak],
+                })  # fmt: skip
+            self.say(f"{task.name}, {trainer.method.name}, rates: {losses}")
+            # A rate at which the loss is no number comes last.
+            best[adapters] = min(
+                losses, key=lambda peak: np.nan_to_num(losses[peak], nan=np.inf)
             )
-            held_out = ql.data.in_order(
-                part.test, batch_size=16, seq_len=self.size["seq_len"], packing=True
-            )
-            batches = ql.data.Batches(part.train, seed=0, packing=True, **self.size)
-            steps = self.arguments.sweep_steps
-            for name, trainer in self.trainers.items():
-                for peak in SWEPT[trainer.method.adapters]:
-                    if self.elapsed() > self.arguments.limit:
-                        return
-                    model, seconds = trainer.train(batches, 0, peak, steps)
-                    loss = ql.evaluate(model, held_out, chunk_size=2048)
-                    self.rows.append({
-                        "task": task.name,
-                        "method": name,
-                        "learning_rate": peak,
-                        "steps": steps,
-                        "loss": loss,
-                    })  # fmt: skip
-                    self.write("quality-sweep")
-                    self.say(
-                        f"{task.name}, {name}, rate {peak:g}: loss {loss:.4f}, "
-                        f"{seconds:.1f} s"
-                    )
+        return best
 
-    def write(self, name: str) -> None:
+    def write(self) -> None:
         """Writes what was found so far."""
         out = self.arguments.out
         out.mkdir(parents=True, exist_ok=True)
@@ -363,11 +364,12 @@ class Study:
             "rank": self.arguments.rank,
             "alpha": ALPHA,
             **self.size,
+            "sweep": self.swept,
             "rows": self.rows,
         }
-        partial = out / f"{name}.json.partial"
+        partial = out / "quality.json.partial"
         partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(out / f"{name}.json")
+        partial.replace(out / "quality.json")
 
 
 def parse(line: list[str] | None = None) -> argparse.Namespace:
@@ -376,7 +378,7 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=pathlib.Path, required=True, help="folder of the rows")
     add("--model", default="SmolLM2-135M-Instruct", help="folder, .gguf or name")
-    add("--tasks", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    add("--tasks", nargs="+", default=list(EPOCHS), choices=list(EPOCHS))
     names = [method.name for method in METHODS]
     add("--methods", nargs="+", default=names, choices=names)
     add("--seeds", type=int, default=3, help="runs of each task and method")
@@ -389,19 +391,14 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=256, help="of such an answer, at most")
     add("--batch-tokens", type=int, default=32_768, help="when answers are compared")
     add("--limit", type=float, default=float("inf"), help="seconds it may take")
-    add("--sweep", action="store_true", help="try learning rates instead")
-    add("--sweep-steps", type=int, default=100)
+    add("--sweep-steps", type=int, default=80, help="of the runs that choose rates")
     add("--unroll", action="store_true", help="compile layers one by one")
     add("--out", type=pathlib.Path, default=quality_table.PATH.parent)
     return parser.parse_args(line)
 
 
 def main() -> None:
-    study = Study(parse())
-    if study.arguments.sweep:
-        study.sweep()
-    else:
-        study.run()
+    Study(parse()).run()
 
 
 if __name__ == "__main__":
