@@ -107,10 +107,13 @@ def main() -> None:
     add("--batch", type=int, default=16)
     add("--seq", type=int, default=512)
     add("--rank", type=int, default=64)
+    names = [method.name for method in METHODS]
+    add("--methods", nargs="+", default=names, choices=names)
     arguments = parser.parse_args()
+    methods = [method for method in METHODS if method.name in arguments.methods]
     shape, path = (arguments.batch, arguments.seq), ql.find_model(arguments.model)
-    bases = load(path, METHODS)
-    with concurrent.futures.ThreadPoolExecutor(2 * len(METHODS)) as pool:
+    bases = load(path, methods)
+    with concurrent.futures.ThreadPoolExecutor(2 * len(methods)) as pool:
         pairs = {
             method.name: [
                 pool.submit(
@@ -119,7 +122,7 @@ def main() -> None:
                 )
                 for guarded in (False, True)
             ]
-            for method in METHODS
+            for method in methods
         }
     rows = []
     for name, pair in pairs.items():

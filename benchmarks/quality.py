@@ -8,13 +8,14 @@ the adapters' start and the order of the data), and measures held-out loss and a
 before and after. The folder holds gsm8k_train.jsonl.gz, gsm8k_test.jsonl and
 arc_easy_{train,test}.jsonl.gz.
 
-First short runs choose a learning rate for each task, one for adapters, whatever the
-base is held in, and one for all weights: they train on a part of the training rows and
-are compared on the rest of them. The step of a method is compiled once, since learning
-rate and number of steps are state of the optimizer.
+Before them short runs choose the learning rate of each task and method: they train on a
+part of the training rows and are compared on the rest of them. The step of a method is
+compiled once, since learning rate and number of steps are state of the optimizer.
 
-Prints a table and writes benchmarks/results/quality.json after each row; with `--limit`
-the last seeds are left out rather than the time exceeded.
+Writes benchmarks/results/quality.json after each row, and prints a table in the end;
+with `--limit` the last seeds of a task are left out rather than the time exceeded.
+Methods may be run side by side, each in a process with its `--methods` and `--out`;
+`python -m benchmarks.quality_table FILE FILE ...` puts them together.
 """
 
 import argparse
@@ -56,7 +57,7 @@ METHODS = (
     Method("bf16 LoRA", None, adapters=True),
     Method("full bf16", None, adapters=False),
 )
-EPOCHS = {"gsm8k": 1, "arc texts": 3, "arc numbers": 2}
+EPOCHS = {"arc texts": 3, "gsm8k": 1, "arc numbers": 2}
 # Learning rates that are tried: of adapters, and of all weights.
 RATES = {True: (2e-3, 4e-3, 8e-3), False: (1e-4, 3e-4, 1e-3)}
 
@@ -100,7 +101,6 @@ class Trainer:
         batch_size: rows of a step.
         seq_len: tokens of a row.
         rank: of the adapters.
-        unroll: see `TrainConfig`.
         guarded: leave out steps without a finite gradient.
 
     Attributes:
@@ -117,14 +117,11 @@ class Trainer:
         batch_size: int,
         seq_len: int,
         rank: int = 64,
-        unroll: bool = False,
         guarded: bool = True,
     ):
         self.method, self._base, self._rank = method, base, rank
         self._shape, self._guarded = (batch_size, seq_len), guarded
-        loss_sum = functools.partial(
-            next_token_loss_sum, remat="none", unroll=unroll, chunk_size=2048
-        )
+        loss_sum = functools.partial(next_token_loss_sum, remat="none", chunk_size=2048)
         self._jitted = ql.make_train_step(
             self.optimizer(0.0, 1),
             loss_sum=loss_sum,
@@ -144,7 +141,9 @@ class Trainer:
         """Compiles the step."""
         began = time.perf_counter()
         kinds = ("tokens", "segment_ids", "positions")
-        batch = {name: np.zeros(self._shape, np.int32) for name in kinds}
+        batch: dict[str, np.ndarray] = {
+            name: np.zeros(self._shape, np.int32) for name in kinds
+        }
         batch["loss_mask"] = np.zeros(self._shape, np.float32)
         self.step = self._jitted.lower(*self.start(0, 0.0, 1), batch).compile()
         self.compile_s = time.perf_counter() - began
@@ -217,11 +216,10 @@ class Study:
             (task for task in tasks if task.name in arguments.tasks),
             key=lambda task: list(EPOCHS).index(task.name),
         )
-        options = {"rank": arguments.rank, "unroll": arguments.unroll}
-        self.trainers = {
-            method.name: Trainer(method, bases[method.quantize], **self.size, **options)
+        self.trainers = [
+            Trainer(method, bases[method.quantize], **self.size, rank=arguments.rank)
             for method in methods
-        }
+        ]
         self.say("models read")
 
     def elapsed(self) -> float:
@@ -232,59 +230,39 @@ class Study:
         """Prints it, with the time."""
         print(f"[{self.elapsed():5.0f} s] {what}", flush=True)
 
-    def prepare(self) -> dict[tuple[str, str], tuple[float, Accuracy]]:
-        """Compiles everything side by side; returns the numbers before training."""
-        before: dict[tuple[str, str], tuple[float, Accuracy]] = {}
-
-        def compile_step(trainer: Trainer) -> None:
+    def run(self) -> None:
+        """Takes all rows, task after task, as long as there is time."""
+        for trainer in self.trainers:
             trainer.compile()
             self.say(
                 f"{trainer.method.name}: step compiled in {trainer.compile_s:.0f} s, "
                 f"{trainer.step_gb:.2f} GB"
             )
-
-        def measure_some(trainer: Trainer, tasks: Sequence[Task]) -> None:
-            name, model = trainer.method.name, trainer.untrained()
-            for task in tasks:
-                found = measure(model, task, self.size["seq_len"])
-                before[task.name, name] = found
+        for task in self.tasks:
+            if self.elapsed() > self.arguments.limit:
+                self.say(f"no time for {task.name}")
+                continue
+            before, peaks = {}, {}
+            for trainer in self.trainers:
+                name = trainer.method.name
+                found = measure(trainer.untrained(), task, self.size["seq_len"])
+                before[name] = found
                 self.say(f"{task.name}, {name}, untrained: {found[0]:.4f} {found[1]}")
-
-        # What ARC asks in two ways shares programs.
-        parts = [
-            [task for task in self.tasks if task.name.startswith("arc") is arc]
-            for arc in (False, True)
-        ]
-        trainers = list(self.trainers.values())
-        with concurrent.futures.ThreadPoolExecutor(3 * len(trainers)) as pool:
-            work = [pool.submit(compile_step, trainer) for trainer in trainers]
-            work += [
-                pool.submit(measure_some, trainer, part)
-                for trainer in trainers
-                for part in parts
-            ]
-            for done in concurrent.futures.as_completed(work):
-                done.result()
-        return before
-
-    def run(self) -> None:
-        """Takes all rows, seed after seed, as long as there is time."""
-        before = self.prepare()
-        peaks = {task.name: self.chosen_rates(task) for task in self.tasks}
-        took: dict[str, float] = {}  # of each task, by all methods
-        for seed in range(self.arguments.seeds):
-            for task in self.tasks:
+                peaks[name] = self.chosen_rate(task, trainer)
+            took = 0.0  # by a seed
+            for seed in range(self.arguments.seeds):
                 began = self.elapsed()
-                if began + took.get(task.name, 0) > self.arguments.limit:
+                if began + took > self.arguments.limit:
                     self.say(f"no time for {task.name}, seed {seed}")
-                    continue
-                for name, trainer in self.trainers.items():
-                    peak = peaks[task.name][trainer.method.adapters]
-                    loss, accuracy = before[task.name, name]
+                    break
+                for trainer in self.trainers:
+                    name = trainer.method.name
+                    loss, accuracy = before[name]
                     row = {"loss_before": loss, "accuracy_before": accuracy.share}
-                    self.rows.append(row | self.row(task, trainer, seed, peak))
+                    row |= self.row(task, trainer, seed, peaks[name])
+                    self.rows.append(row)
                     self.write()
-                took[task.name] = self.elapsed() - began
+                took = self.elapsed() - began
         print(quality_table.table(self.rows))
 
     def row(
@@ -319,8 +297,8 @@ class Study:
             "step_gb": trainer.step_gb,
         }
 
-    def chosen_rates(self, task: Task) -> dict[bool, float]:
-        """Returns the best of `RATES`, of adapters and of all weights, by short runs.
+    def chosen_rate(self, task: Task, trainer: Trainer) -> float:
+        """Returns the best of `RATES` by short runs.
 
         The test rows are not looked at: the last eighth of the training rows is.
         """
@@ -329,28 +307,20 @@ class Study:
         held_out = ql.data.in_order(
             task.train[cut:], batch_size=16, seq_len=self.size["seq_len"], packing=True
         )
-        best: dict[bool, float] = {}
-        # One method for each kind; of two with adapters the last, which is not QLoRA.
-        kinds = {trainer.method.adapters: trainer for trainer in self.trainers.values()}
-        for adapters, trainer in kinds.items():
-            losses = {}
-            for peak in RATES[adapters]:
-                steps = self.arguments.sweep_steps
-                model, _ = trainer.train(batches, 0, peak, steps)
-                losses[peak] = ql.evaluate(model, held_out, chunk_size=2048)
-                self.swept.append({
-                    "task": task.name,
-                    "method": trainer.method.name,
-                    "learning_rate": peak,
-                    "steps": steps,
-                    "loss": losses[peak],
-                })  # fmt: skip
-            self.say(f"{task.name}, {trainer.method.name}, rates: {losses}")
-            # A rate at which the loss is no number comes last.
-            best[adapters] = min(
-                losses, key=lambda peak: np.nan_to_num(losses[peak], nan=np.inf)
-            )
-        return best
+        steps, losses = self.arguments.sweep_steps, {}
+        for peak in RATES[trainer.method.adapters]:
+            model, _ = trainer.train(batches, 0, peak, steps)
+            losses[peak] = ql.evaluate(model, held_out, chunk_size=2048)
+            self.swept.append({
+                "task": task.name,
+                "method": trainer.method.name,
+                "learning_rate": peak,
+                "steps": steps,
+                "loss": losses[peak],
+            })  # fmt: skip
+        self.say(f"{task.name}, {trainer.method.name}, rates: {losses}")
+        # A rate at which the loss is no number comes last.
+        return min(losses, key=lambda peak: np.nan_to_num(losses[peak], nan=np.inf))
 
     def write(self) -> None:
         """Writes what was found so far."""
@@ -391,8 +361,7 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=256, help="of such an answer, at most")
     add("--batch-tokens", type=int, default=32_768, help="when answers are compared")
     add("--limit", type=float, default=float("inf"), help="seconds it may take")
-    add("--sweep-steps", type=int, default=80, help="of the runs that choose rates")
-    add("--unroll", action="store_true", help="compile layers one by one")
+    add("--sweep-steps", type=int, default=50, help="of the runs that choose rates")
     add("--out", type=pathlib.Path, default=quality_table.PATH.parent)
     return parser.parse_args(line)
 

@@ -166,7 +166,7 @@ def read_tasks(
         conversations=[gsm8k[1][i] for i in sorted(drawn)],
         max_new_tokens=max_new_tokens,
     )
-    tasks = [Task("gsm8k", *map(encode, gsm8k), solve)]
+    tasks = [Task("gsm8k", encode(gsm8k[0]), encode(gsm8k[1]), solve)]
 
     arc = [
         read_rows(path("finetune_pairs", f"arc_easy_{part}.jsonl.gz"))[:rows]

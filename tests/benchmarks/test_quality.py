@@ -117,7 +117,7 @@ def test_a_choice_of_rates_looks_at_no_test_row(study, monkeypatch):
 
     monkeypatch.setattr(ql.data, "in_order", spy(in_order))
     monkeypatch.setattr(ql.data, "Batches", spy(batches))
-    study.chosen_rates(task)
+    study.chosen_rate(task, study.trainers[0])
     trained_on, compared_on = seen
     assert [len(trained_on), len(compared_on)] == [7, 1]
     assert all(
@@ -127,6 +127,6 @@ def test_a_choice_of_rates_looks_at_no_test_row(study, monkeypatch):
 
 @pytest.mark.slow
 def test_another_seed_is_another_run_and_the_same_one_the_same(study):
-    (task,), trainer = study.tasks, study.trainers["full bf16"]
+    (task,), trainer = study.tasks, study.trainers[1]
     losses = [study.row(task, trainer, seed, 1e-3)["loss_after"] for seed in (0, 1, 0)]
     assert losses[0] == losses[2] != losses[1]
