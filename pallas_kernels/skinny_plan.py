@@ -1,0 +1,138 @@
+"""How the kernel for tens of rows of x cuts its work, and what lies where."""
+
+import dataclasses
+
+from pallas_kernels.matvec_plan import BLOCK, CHUNK, CHUNK_BYTES, TABLE_BYTES, Problem
+
+# Features of a warpgroup: rows of wgmma's first operand.
+FEATURES = 64
+# Bytes of a warp's codes in a chunk: 16 rows.
+SLOT_BYTES = 16 * CHUNK_BYTES
+STEPS = CHUNK // BLOCK
+REGISTERS = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a block of threads works.
+
+    Attributes:
+        consumers: warpgroups that decode and multiply, 64 features each.
+        stages: tiles of x, 64 columns each, in shared memory.
+        slots: chunks of codes, 16 rows by 256 columns each, in the ring of each warp.
+    """
+
+    consumers: int = 4
+    stages: int = 8
+    slots: int = 2
+
+    def __post_init__(self):
+        if not 1 <= self.consumers <= 4:
+            raise ValueError(f"{self} must have 1 to 4 consumers.")
+        if self.stages < 2 or self.slots < 2:
+            raise ValueError(f"{self} must have 2 stages and 2 slots at least.")
+
+    @property
+    def workers(self) -> int:
+        """Threads that decode and multiply."""
+        return 128 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: one more warpgroup brings x."""
+        return self.workers + 128
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread that multiplies, and of one that brings x."""
+        few = 32
+        at_start = REGISTERS // self.threads // 8 * 8
+        many = (at_start * self.threads - few * 128) // self.workers // 8 * 8
+        return min(many, 232), few
+
+
+@dataclasses.dataclass(frozen=True)
+class SkinnyPlan(Problem):
+    """Everything static about one kernel.
+
+    A tile is 64 features of each consumer, all of k. Tiles are laid end to end and cut
+    into as many runs of chunks as there are blocks of threads; a run may begin or end
+    inside of a tile.
+    """
+
+    cut: Cut
+    grid: int
+    block_size: int
+    codebook: tuple[float, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of x, padded to columns of wgmma."""
+        return -(-self.m // 8) * 8
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a row, the last one possibly short."""
+        return -(-self.k // CHUNK)
+
+    @property
+    def features(self) -> int:
+        """Features of a tile."""
+        return FEATURES * self.cut.consumers
+
+    @property
+    def tiles(self) -> int:
+        """Tiles, the last one possibly with fewer features."""
+        return -(-self.n // self.features)
+
+    @property
+    def units(self) -> int:
+        """Chunks of all tiles."""
+        return self.tiles * self.chunks
+
+    @property
+    def part_floats(self) -> int:
+        """Sums of a tile."""
+        return self.features * self.rows
+
+    @property
+    def num_counters(self) -> int:
+        """Counters of parts that were left: one for each warp and tile."""
+        return self.tiles * (self.cut.workers // 32)
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of one weight."""
+        return -(-self.n * self.k // self.block_size)
+
+    # Shared memory: the table of pairs, then the following.
+
+    @property
+    def x_bytes(self) -> int:
+        """A tile of x: 128 bytes of each row."""
+        return 128 * self.rows
+
+    @property
+    def ring_bytes(self) -> int:
+        """The codes of all warps."""
+        return self.cut.workers // 32 * self.cut.slots * SLOT_BYTES
+
+    @property
+    def smem_offsets(self) -> dict[str, int]:
+        """Where each part begins; "end" is the size of all."""
+        sizes = {
+            "x": self.cut.stages * self.x_bytes,
+            "ring": self.ring_bytes,
+            "full": 8 * self.cut.stages,
+            "empty": 8 * self.cut.stages,
+        }
+        offsets, at = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = at
+            at += size
+        return offsets | {"end": at}
+
+    @property
+    def total_smem_bytes(self) -> int:
+        """All shared memory of a block of threads."""
+        return TABLE_BYTES + self.smem_offsets["end"]
