@@ -56,10 +56,8 @@ def make_plan(
         raise NotImplementedError(f"codes of {spec.bits} bits must have 4.")
     if not 1 <= m <= MAX_M:
         raise NotImplementedError(f"{m=} rows of x must be 1 to {MAX_M}.")
-    if k % BLOCK or n % 16:
-        raise NotImplementedError(
-            f"{k=} must be a multiple of {BLOCK} and {n=} one of 16."
-        )
+    if k % BLOCK or n % 2:
+        raise NotImplementedError(f"{k=} must be a multiple of {BLOCK}, {n=} even.")
     if spec.block_size % BLOCK:
         raise NotImplementedError(
             f"block_size={spec.block_size} must be a multiple of {BLOCK}."

@@ -1,14 +1,16 @@
 """What one thread of the kernel for tens of rows does; `skinny` tells why.
 
-The last warpgroup brings x; the others decode and multiply, each its 64 features.
+A warp of the last warpgroup brings x, another codes; the other warpgroups decode and
+multiply, each its 64 features.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels import emit
 from pallas_kernels.decode import byte_table, decode_word
 from pallas_kernels.matvec_plan import BLOCK, CHUNK_BYTES
-from pallas_kernels.skinny_plan import FEATURES, SLOT_BYTES, STEPS, SkinnyPlan
+from pallas_kernels.skinny_plan import FEATURES, STEPS, SkinnyPlan
 
 
 class Body:
@@ -23,10 +25,11 @@ class Body:
         warp = emit.ptx("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", warp, out="r")
         self.warp = emit.Int(warp)
         self.g, self.t = self.lane // 4, self.lane % 4
+        # The first of this lane's two rows of 16; the other is two further.
+        self.row = self.g // 4 * 8 + self.g % 2 * 4 + self.g // 2 % 2
         smem = emit.address(refs["smem"])
         self.at = {name: smem + at for name, at in plan.smem_offsets.items()}
         self.table = emit.address(refs["table_smem"])
-        self.ring = self.at["ring"] + self.warp * (plan.cut.slots * SLOT_BYTES)
         # The run of units of this block of threads.
         self.block = emit.block_index()
         self.first = self.block * plan.units // plan.grid
@@ -38,24 +41,9 @@ class Body:
 
     def run(self):
         """Emits everything."""
-        self.init_barriers()
-        workers = self.plan.cut.workers
-        emit.roles(self.tid < workers, self.multiply_all, self.bring_x)
+        emit.roles(self.tid < self.plan.cut.workers, self.multiply_all, self.bring_all)
 
     # Barriers.
-
-    def init_barriers(self):
-        """A tile of x is announced by one thread, given back by each warp."""
-        stages, workers = self.plan.cut.stages, self.plan.cut.workers
-        for name, count in (("full", 1), ("empty", workers // 32)):
-            for stage in range(stages):
-                emit.ptx(
-                    "{.reg .pred p; setp.eq.b32 p, $1, 0; @p "
-                    f"mbarrier.init.shared::cta.b64 [$0+{8 * stage}], {count};}}",
-                    self.at[name].value,
-                    self.tid.value,
-                )
-        emit.ptx("fence.mbarrier_init.release.cluster;")
 
     def wait(self, name: str, stage: emit.Int, parity: emit.Int):
         """Waits at a barrier of a stage."""
@@ -76,57 +64,103 @@ class Body:
             emit.bit(when),
         )
 
-    def next_stage(self, stage: emit.Int, parity: emit.Int) -> list[emit.Int]:
+    @staticmethod
+    def turn(stage: emit.Int, parity: emit.Int, stages: int) -> list[emit.Int]:
         """The stage after this one, and the parity of its barriers."""
-        wraps = stage == self.plan.cut.stages - 1
+        wraps = stage == stages - 1
         return [
             emit.select(wraps, emit.const(0), stage + 1),
             parity ^ emit.Int(emit.bit(wraps)),
         ]
 
-    # Who brings x.
+    # Who brings x and codes.
+
+    def bring_all(self):
+        """Gives registers away; then two warps copy, one of them x."""
+        emit.ptx(f"setmaxnreg.dec.sync.aligned.u32 {self.plan.cut.registers[1]};")
+        warp = self.plan.cut.workers // 32
+
+        def others():
+            emit.roles(self.warp == warp + 1, self.bring_codes, emit.barrier)
+
+        emit.roles(self.warp == warp, self.bring_x, others)
 
     def bring_x(self):
         """Copies x, 64 columns of all rows after the other, into the ring of tiles."""
-        plan, cut = self.plan, self.plan.cut
-        zero, one = emit.const(0), emit.const(1)
-        emit.barrier()
-        emit.ptx(f"setmaxnreg.dec.sync.aligned.u32 {cut.registers[1]};")
-        row_steps = plan.chunks * STEPS
-        steps = (self.end - self.first) * STEPS
+        plan = self.plan
+        start = self.first % plan.chunks * STEPS
 
-        def step(i, state):
-            del i
-            stage, parity, block = map(emit.Int, state)
-            self.wait("empty", stage, parity)
-            leader = self.lane == 0
+        def copy(i: emit.Int, target: emit.Int, barrier: emit.Int):
+            block = (start + i) % (plan.chunks * STEPS)
+            zero, shape = emit.const(0), (plan.rows, BLOCK)
+            return "x", zero, zero, block * BLOCK, shape, target, barrier
+
+        steps = (self.end - self.first) * STEPS
+        self.bring("x", plan.cut.stages, plan.x_bytes, steps, copy)
+
+    def bring_codes(self):
+        """Copies codes, 256 columns of a tile's features after the other."""
+        plan = self.plan
+
+        def copy(i: emit.Int, target: emit.Int, barrier: emit.Int):
+            unit = self.first + i
+            row = unit // plan.chunks * plan.features
+            column = unit % plan.chunks * CHUNK_BYTES
+            shape = (plan.features, CHUNK_BYTES)
+            return "codes", self.layer, row, column, shape, target, barrier
+
+        units = self.end - self.first
+        self.bring("codes", plan.cut.slots, plan.slot_bytes, units, copy)
+
+    def bring(self, name: str, stages: int, size: int, total: emit.Int, copy: Callable):
+        """Keeps a ring full.
+
+        Args:
+            name: of the ring and its barriers.
+            stages: how many copies it has room for.
+            size: bytes of each.
+            total: how many there are.
+            copy: says what to copy, from the number of the copy, where to, and the
+                barrier that announces it.
+        """
+        zero, one, leader = emit.const(0), emit.const(1), self.lane == 0
+        # Announced by one thread, given back by each warp.
+        warps = self.plan.cut.workers // 32
+        for kind, count in (("full", 1), ("empty", warps)):
+            for stage in range(stages):
+                emit.ptx(
+                    "{.reg .pred p; setp.eq.b32 p, $1, 0; @p "
+                    f"mbarrier.init.shared::cta.b64 [$0+{8 * stage}], {count};}}",
+                    self.at[f"{name} {kind}"].value,
+                    self.lane.value,
+                )
+        emit.ptx("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;")
+
+        def start(i: emit.Int, stage: emit.Int):
+            barrier = self.at[f"{name} full"] + stage * 8
             emit.ptx(
                 "{.reg .pred p; setp.ne.b32 p, $1, 0; @p "
-                f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {plan.x_bytes};}}",
-                (self.at["full"] + stage * 8).value,
+                f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};}}",
+                barrier.value,
                 emit.bit(leader),
             )
-            emit.tma_load(
-                self.ctx,
-                self.refs["x"],
-                zero,
-                zero,
-                block * BLOCK,
-                (plan.rows, BLOCK),
-                self.at["x"] + stage * plan.x_bytes,
-                self.at["full"] + stage * 8,
-                leader,
-            )
-            stage, parity = self.next_stage(stage, parity)
-            block = emit.select(block == row_steps - 1, zero, block + 1)
-            return [v.value for v in (stage, parity, block)]
+            ref, *window = copy(i, self.at[name] + stage * size, barrier)
+            emit.tma_load(self.ctx, self.refs[ref], *window, leader)
 
-        def bring():
-            block = self.first % plan.chunks * STEPS
-            state = [v.value for v in (zero, one, block)]
-            emit.loop(zero, steps, one, state, step)
+        def first(i, state):
+            start(i, i)
+            return state
 
-        emit.branch(self.warp == cut.workers // 32, bring, lambda: None)
+        def later(i, state):
+            stage, parity = map(emit.Int, state)
+            self.wait(f"{name} empty", stage, parity)
+            start(i, stage)
+            return [v.value for v in self.turn(stage, parity, stages)]
+
+        early = total.min(stages)
+        emit.loop(zero, early, one, [], first)
+        emit.barrier()
+        emit.loop(early, total, one, [zero.value, zero.value], later)
 
     # Those who multiply.
 
@@ -134,16 +168,19 @@ class Body:
         """Goes through the run of units of this block, tile after tile."""
         plan, cut = self.plan, self.plan.cut
         zero, one = emit.const(0), emit.const(1)
-        self.start_stream()
         scales = self.load_scales(self.first)
-        for slot in range(cut.slots):
-            self.fill(self.first + slot, emit.const(slot * SLOT_BYTES))
-        self.write_table()
         if plan.nested_block_size is not None:
-            scales = self.load_scales(self.first + 1) + self.look_up_scales(scales)
+            pointer = emit.address(self.refs["offset"]) + self.layer.wide() * 4
+            load = "ld.global.nc.f32 $0, [$1];"
+            self.offset = emit.ptx(load, pointer.value, out="f")
+        self.write_table()
         emit.barrier()
         emit.ptx(f"setmaxnreg.inc.sync.aligned.u32 {cut.registers[0]};")
-        self.wait_for_codes()
+        # Where this lane finds 16 bytes of each step: see `load_codes`.
+        row, half = self.row + self.t % 2 * 2, self.t // 2
+        place = (self.warp * 16 + row) * CHUNK_BYTES + (row % 8 ^ half) * 16
+        self.codes = self.at["codes"] + place
+        self.wait("codes full", zero, zero)
         codes = self.load_codes(zero, 0)
         first_tile = self.first // plan.chunks
         tiles = (self.end - 1) // plan.chunks - first_tile + 1
@@ -162,82 +199,45 @@ class Body:
             sums = emit.wgmma_wait(0, sums)
             self.give_back(emit.Int(state[0]), self.lane == 0)
             left = self.finish(tile, sums)
-            return [*state[:3], left.value, *state[4:]]
+            return [*state[:4], left.value, *state[5:]]
 
-        state = [v.value for v in (zero, zero, zero, zero)] + codes + scales
-        emit.loop(zero, tiles, one, state, tile_body)
+        state = [v.value for v in (zero, zero, zero, zero, zero)]
+        emit.loop(zero, tiles, one, state + codes + scales, tile_body)
 
     def write_table(self):
-        """Writes the pair of each byte once a lane, `e` of lane l at 256 e + 4 l."""
+        """Writes what each byte stands for once a lane.
+
+        Entry e of lane l is at byte 256 e + 4 l: a pair of numbers, and 128 bytes on
+        what scales of that code are, if scales are quantized.
+        """
         plan, ops = self.plan, emit.lane_ops(self.plan.dtype)
         numbers = byte_table(plan.codebook, plan.dtype)
         table = tuple([emit.const(x).value for x in part] for part in numbers)
-        workers = plan.cut.workers
-        for first in range(0, 256, workers):
+        for first in range(0, 256, plan.cut.workers):
             byte = self.tid + first
-            pair = decode_word(ops, (byte % 256).value, table)[0]
+            words = [decode_word(ops, (byte % 256).value, table)[0]]
+            if plan.nested_block_size is not None:
+                nested = emit.address(self.refs["nested_codebook"])
+                nested = nested + (byte % 256).wide() * 4
+                load = "ld.global.nc.b32 $0, [$1];"
+                words.append(emit.ptx(load, nested.value, out="r"))
             mine = emit.bit(byte < 256)
-            for j in range(8):
-                # Neighbouring lanes write to different banks.
-                place = (self.lane + j) % 8 * 16 + byte % 256 * 256
-                emit.ptx(
-                    "{.reg .pred p; setp.ne.b32 p, $2, 0; @p "
-                    "st.shared.v4.b32 [$0], {$1, $1, $1, $1};}",
-                    (self.table + place).value,
-                    pair,
-                    mine,
-                )
+            for i, word in enumerate(words):
+                for j in range(8):
+                    # Neighbouring lanes write to different banks.
+                    place = (self.lane + j) % 8 * 16 + byte % 256 * 256
+                    emit.ptx(
+                        "{.reg .pred p; setp.ne.b32 p, $2, 0; @p "
+                        f"st.shared.v4.b32 [$0+{128 * i}], {{$1, $1, $1, $1}};}}",
+                        (self.table + place).value,
+                        word,
+                        mine,
+                    )
 
-    # The stream of codes and scales.
-
-    def warp_row(self, unit: emit.Int) -> emit.Int:
-        """The first of this warp's rows in a unit; past the last, the last 16."""
-        tile = unit // self.plan.chunks
-        row = tile * self.plan.features + self.warp * 16
-        return row.min(self.plan.n - 16)
-
-    def start_stream(self):
-        """Where this lane copies codes from, and to."""
-        plan = self.plan
-        if plan.nested_block_size is not None:
-            pointer = emit.address(self.refs["offset"]) + self.layer.wide() * 4
-            load = "ld.global.nc.f32 $0, [$1];"
-            self.offset = emit.ptx(load, pointer.value, out="f")
-        row, piece = self.lane // 8, self.lane % 8
-        self.piece = piece * 16
-        codes = emit.address(self.refs["codes"])
-        codes = codes + self.layer.wide() * (plan.n * plan.k // 2)
-        self.codes = codes + (row * (plan.k // 2) + self.piece).wide()
-        # Rows 2 g and 2 g + 1 are swizzled alike: see `load_codes`.
-        self.targets = [
-            self.ring + row * CHUNK_BYTES + (piece ^ (row // 2 + 2 * i)) * 16
-            for i in range(4)
-        ]
-
-    def fill(self, unit: emit.Int, slot: emit.Int):
-        """Starts the copies of a unit's codes into a slot, if there is one."""
-        plan = self.plan
-        column = unit % plan.chunks * CHUNK_BYTES
-        exists = emit.both(unit < self.end, column + self.piece < plan.k // 2)
-        source = self.codes + self.warp_row(unit).wide() * (plan.k // 2)
-        source = source + column.wide()
-        for i, target in enumerate(self.targets):
-            emit.ptx(
-                "{.reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.cg.shared.global "
-                f"[$0+{4 * i * CHUNK_BYTES}], [$1+{4 * i * (plan.k // 2)}], 16;}}",
-                (target + slot).value,
-                source.value,
-                emit.bit(exists),
-            )
-        emit.ptx("cp.async.commit_group;")
-
-    def wait_for_codes(self):
-        """Waits until the next unit is in its slot, whichever lane copied it."""
-        emit.ptx(f"cp.async.wait_group {self.plan.cut.slots - 1};")
-        emit.ptx("bar.warp.sync -1;")
+    # Scales.
 
     def load_scales(self, unit: emit.Int) -> list:
-        """Starts to read scales of rows 2 g and 2 g + 1, of block t of a unit.
+        """Starts to read scales of this lane's rows, of block t of a unit.
 
         Returns:
             What memory holds: a scale, or its code and the scale of scales, a row.
@@ -245,9 +245,10 @@ class Body:
         plan = self.plan
         unit = emit.select(unit < self.end, unit, self.end - 1)
         block = (unit % plan.chunks * STEPS + self.t).min(plan.k // BLOCK - 1)
+        first = unit // plan.chunks * plan.features + self.warp * 16 + self.row
         layer, words = self.layer.wide(), []
         for r in range(2):
-            row = self.warp_row(unit) + self.g * 2 + r
+            row = (first + 2 * r).min(plan.n - 1)
             index = (row * (plan.k // BLOCK) + block) // (plan.block_size // BLOCK)
             size = 4 if plan.nested_block_size is None else 1
             absmax = emit.address(self.refs["absmax"])
@@ -266,54 +267,81 @@ class Body:
             words.append(emit.ptx(load, nested.value, out="f"))
         return words
 
-    def look_up_scales(self, words: list) -> list:
-        """Starts to read the numbers that codes of scales stand for."""
-        numbers, found = emit.address(self.refs["nested_codebook"]), []
-        for code, nested in (words[:2], words[2:]):
-            pointer = numbers + emit.Int(code).wide() * 4
-            load = "ld.global.nc.f32 $0, [$1];"
-            found += [emit.ptx(load, pointer.value, out="f"), nested]
-        return found
-
-    def next_scales(self, words: list, unit: emit.Int) -> tuple[list, list]:
-        """Decodes the scales of a unit, and reads those of the next ones.
-
-        Args:
-            words: what was read before.
-            unit: which one.
-
-        Returns:
-            The scales of two rows, each as a pair of itself in 16 bits; and words.
-        """
-        ops = emit.lane_ops(self.plan.dtype)
-        if self.plan.nested_block_size is None:
-            scales, words = words, self.load_scales(unit + 1)
-        else:
-            scales = [
-                emit.ptx("fma.rn.f32 $0, $1, $2, $3;", *pair, self.offset, out="f")
-                for pair in (words[4:6], words[6:])
+    def decode_scales(self, words: list) -> list:
+        """The scales of two rows, each as a pair of itself in 16 bits."""
+        plan, ops = self.plan, emit.lane_ops(self.plan.dtype)
+        if plan.nested_block_size is not None:
+            table = (self.table + self.lane * 4).value
+            words = [
+                emit.ptx(
+                    "{.reg .b32 a; .reg .f32 v; mad.lo.u32 a, $1, 256, $3; "
+                    "ld.shared.f32 v, [a+128]; fma.rn.f32 $0, v, $2, $4;}",
+                    code,
+                    nested,
+                    table,
+                    self.offset,
+                    out="f",
+                )
+                for code, nested in (words[:2], words[2:])
             ]
-            words = self.load_scales(unit + 2) + self.look_up_scales(words[:4])
-        return [ops.round_pair(scale, scale) for scale in scales], words
+        return [ops.round_pair(scale, scale) for scale in words]
 
     # Arithmetic.
 
     def load_codes(self, slot: emit.Int, step: int) -> list:
-        """The codes of a block of two rows, eight words each.
+        """Four words: half a block of one of a quad's two rows."""
+        address = (self.codes + slot * self.plan.slot_bytes) ^ 32 * step  # swizzled
+        return list(
+            emit.ptx(
+                "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", address.value, out="rrrr"
+            )
+        )
 
-        Lanes of a row read the same; each takes its byte of every word.
+    def exchange(self, codes: list) -> list:
+        """Gives each lane of a quad its bytes: byte t of every word.
+
+        A lane has the words of row t % 2 and half t // 2 of a block. It transposes 4 x 4
+        bytes, in an order that depends on the lane, and sends three of the four words.
+
+        Returns:
+            Words of the first half of both rows, then of the second; four bytes each,
+            one of each eight columns.
         """
+        odd, high = self.t % 2 == 1, self.t // 2 == 1
+        ops = emit.lane_ops(self.plan.dtype)
+
+        def choose(condition, yes, no):
+            return emit.select(condition, emit.const(yes), emit.const(no)).value
+
+        near, far = choose(high, 0x7362, 0x5140), choose(high, 0x5140, 0x7362)
+        mine, other = choose(odd, 0x7632, 0x5410), choose(odd, 0x5410, 0x7632)
         words = []
-        for r in range(2):
-            for half in range(2):
-                place = (self.g ^ (2 * step + half)) * 16  # swizzled
-                row = self.g * (2 * CHUNK_BYTES)
-                words += emit.ptx(
-                    f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{r * CHUNK_BYTES}];",
-                    (self.ring + slot + row + place).value,
-                    out="rrrr",
-                )
+        for selector in (near, far):
+            pairs = [ops.permute(*codes[i : i + 2], selector) for i in (0, 2)]
+            words += [ops.permute(*pairs, last) for last in (mine, other)]
+        for distance in (1, 2, 3):
+            words[distance] = emit.ptx(
+                f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;",
+                words[distance],
+                out="r",
+            )
+        for condition, distance in ((odd, 1), (high, 2)):
+            words = [
+                emit.pick(condition, words[i ^ distance], words[i]) for i in range(4)
+            ]
         return words
+
+    def decode(self, word) -> list:
+        """Four bytes of codes to four pairs of numbers."""
+        lookups = "".join(
+            f"prmt.b32 a, $4, $5, {0x7604 + 16 * i}; add.u32 a, a, $6; "
+            f"ld.shared.b32 ${i}, [a]; "
+            for i in range(4)
+        )
+        lane, table = (self.lane * 4).value, self.table.value
+        return list(
+            emit.ptx("{.reg .b32 a; " + lookups + "}", word, lane, table, out="rrrr")
+        )
 
     def operand(self, codes: list, scales: list, step: int) -> list:
         """The first operand of a step: 64 features by 64 columns of a warpgroup.
@@ -323,25 +351,16 @@ class Body:
         """
         ops = emit.lane_ops(self.plan.dtype)
         registers: list = [None] * 16
-        # Byte t of a word above this lane's offset.
-        selector = (self.t * 16 + 0x7604).value
         source = (self.lane - self.t + step).value
-        own, table = (self.lane * 4).value, self.table.value
+        words = self.exchange(codes)
         for r in range(2):
             scale = emit.ptx(
                 "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", scales[r], source, out="r"
             )
-            for i, word in enumerate(codes[8 * r : 8 * r + 8]):
-                pair = emit.ptx(
-                    "{.reg .b32 a; prmt.b32 a, $1, $2, $3; add.u32 a, a, $4; "
-                    "ld.shared.b32 $0, [a];}",
-                    word,
-                    own,
-                    selector,
-                    table,
-                    out="r",
-                )
-                registers[2 * i + r] = ops.multiply_pair(pair, scale)
+            for half in range(2):
+                for i, pair in enumerate(self.decode(words[r + 2 * half])):
+                    at = 2 * (4 * half + i) + r
+                    registers[at] = ops.multiply_pair(pair, scale)
         return registers
 
     def unit(self, unit: emit.Int, first: emit.Int, state: list) -> list:
@@ -350,31 +369,29 @@ class Body:
         Args:
             unit: which.
             first: the first one of this block in the tile.
-            state: sums; stage and parity of x, slot, what is to be announced, the
-                codes of the first step, and what was read of scales.
+            state: sums; stage and parity of x, slot and parity of codes, what is to
+                be announced, codes of the first step, and what was read of scales.
         """
         plan, cut = self.plan, self.plan.cut
         count = plan.rows // 2
         sums, state = state[:count], state[count:]
-        stage, parity, slot, left = map(emit.Int, state[:4])
-        codes, words = state[4:20], state[20:]
-        wraps = slot == (cut.slots - 1) * SLOT_BYTES
-        next_slot = emit.select(wraps, emit.const(0), slot + SLOT_BYTES)
+        stage, parity, slot, slot_parity, left = map(emit.Int, state[:5])
+        codes, words = state[5:9], state[9:]
         leader, later = self.lane == 0, first < unit
-        scales, words = self.next_scales(words, unit)
+        scales, words = self.decode_scales(words), self.load_scales(unit + 1)
         for step in range(STEPS):
             emit.ptx("wgmma.wait_group.sync.aligned 0;")
             self.give_back(stage, emit.both(leader, later) if step == 0 else leader)
             a = self.operand(codes, scales, step)
             if step == STEPS - 1:
-                self.wait_for_codes()
-                codes = self.load_codes(next_slot, 0)
+                emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
+                self.arrive("codes empty", slot, leader)
+                slot, slot_parity = self.turn(slot, slot_parity, cut.slots)
+                self.wait_for_more(unit, slot, slot_parity)
+                codes = self.load_codes(slot, 0)
             else:
                 codes = self.load_codes(slot, step + 1)
-            if step == STEPS - 2:
-                emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
-                self.fill(unit + cut.slots, slot)
-            self.wait("full", stage, parity)
+            self.wait("x full", stage, parity)
             a = emit.wgmma_fence(a)
             tile = emit.tile_descriptor(self.at["x"] + stage * plan.x_bytes)
             adds = emit.Int(emit.bit(later)) if step == 0 else emit.const(1)
@@ -383,16 +400,24 @@ class Body:
                 sums = emit.wgmma(plan.ptx_type, here, tile + 2 * j, sums, adds)
                 adds = emit.const(1)
             emit.wgmma_commit()
-            stage, parity = self.next_stage(stage, parity)
+            stage, parity = self.turn(stage, parity, cut.stages)
         left = self.announce(left)
-        numbers = [v.value for v in (stage, parity, next_slot, left)]
+        numbers = [v.value for v in (stage, parity, slot, slot_parity, left)]
         return [*sums, *numbers, *codes, *words]
+
+    def wait_for_more(self, unit: emit.Int, slot: emit.Int, parity: emit.Int):
+        """Waits for the codes after a unit, if there are any."""
+
+        def wait():
+            self.wait("codes full", slot, parity)
+
+        emit.branch(unit + 1 < self.end, wait, lambda: None)
 
     def give_back(self, stage: emit.Int, when):
         """Says that the tile of x before `stage` may be written over."""
         last = emit.const(self.plan.cut.stages - 1)
         before = emit.select(stage == 0, last, stage - 1)
-        self.arrive("empty", before, when)
+        self.arrive("x empty", before, when)
 
     # The end of a tile.
 
@@ -489,21 +514,28 @@ class Body:
         return emit.address(self.refs["parts"]) + where + (group + lane).wide()
 
     def write(self, tile: emit.Int, sums: list):
-        """Writes this lane's features 2 g and 2 g + 1 of its rows of y."""
+        """Writes this lane's two neighbours of features of its rows of y.
+
+        It has two, two apart, and swaps one with the lane that has those between.
+        """
         plan, ops = self.plan, emit.lane_ops(self.plan.dtype)
-        feature = tile * plan.features + self.warp * 16
-        valid = feature < plan.n
-        column = feature + self.g * 2
+        between = self.g // 2 % 2
+        selector = emit.select(
+            between == 0, emit.const(0x5410), emit.const(0x3276)
+        ).value
+        column = self.g // 4 * 8 + self.g % 2 * 4 + between * 2
+        column = tile * plan.features + self.warp * 16 + column
         y = emit.address(self.refs["y"])
         y = y + (self.t * 2 * plan.n + column).wide() * 2
         for i in range(0, len(sums), 4):
             for e in range(2):
                 row = 2 * i + e
-                pair = ops.round_pair(sums[i + e], sums[i + 2 + e])
+                own = ops.round_pair(sums[i + e], sums[i + 2 + e])
+                other = emit.ptx("shfl.sync.bfly.b32 $0, $1, 8, 31, -1;", own, out="r")
                 emit.ptx(
                     "{.reg .pred p; setp.ne.b32 p, $2, 0; "
                     f"@p st.global.b32 [$0+{2 * row * plan.n}], $1;}}",
                     y.value,
-                    pair,
-                    emit.bit(emit.both(valid, self.t * 2 + row < plan.m)),
+                    ops.permute(own, other, selector),
+                    emit.bit(emit.both(column < plan.n, self.t * 2 + row < plan.m)),
                 )

@@ -6,8 +6,6 @@ from pallas_kernels.matvec_plan import BLOCK, CHUNK, CHUNK_BYTES, TABLE_BYTES, P
 
 # Features of a warpgroup: rows of wgmma's first operand.
 FEATURES = 64
-# Bytes of a warp's codes in a chunk: 16 rows.
-SLOT_BYTES = 16 * CHUNK_BYTES
 STEPS = CHUNK // BLOCK
 REGISTERS = 65536
 
@@ -19,7 +17,7 @@ class Cut:
     Attributes:
         consumers: warpgroups that decode and multiply, 64 features each.
         stages: tiles of x, 64 columns each, in shared memory.
-        slots: chunks of codes, 16 rows by 256 columns each, in the ring of each warp.
+        slots: chunks of codes, 256 columns of all features, in shared memory.
     """
 
     consumers: int = 4
@@ -39,12 +37,12 @@ class Cut:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: one more warpgroup brings x."""
+        """Threads of a block: one more warpgroup brings x and codes."""
         return self.workers + 128
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Registers of a thread that multiplies, and of one that brings x."""
+        """Registers of a thread that multiplies, and of one that does not."""
         few = 32
         at_start = REGISTERS // self.threads // 8 * 8
         many = (at_start * self.threads - few * 128) // self.workers // 8 * 8
@@ -113,18 +111,21 @@ class SkinnyPlan(Problem):
         return 128 * self.rows
 
     @property
-    def ring_bytes(self) -> int:
-        """The codes of all warps."""
-        return self.cut.workers // 32 * self.cut.slots * SLOT_BYTES
+    def slot_bytes(self) -> int:
+        """Codes of a chunk: 128 bytes of each feature."""
+        return self.features * CHUNK_BYTES
 
     @property
     def smem_offsets(self) -> dict[str, int]:
         """Where each part begins; "end" is the size of all."""
+        cut = self.cut
         sizes = {
-            "x": self.cut.stages * self.x_bytes,
-            "ring": self.ring_bytes,
-            "full": 8 * self.cut.stages,
-            "empty": 8 * self.cut.stages,
+            "x": cut.stages * self.x_bytes,
+            "codes": cut.slots * self.slot_bytes,
+            "x full": 8 * cut.stages,
+            "x empty": 8 * cut.stages,
+            "codes full": 8 * cut.slots,
+            "codes empty": 8 * cut.slots,
         }
         offsets, at = {}, 0
         for name, size in sizes.items():
