@@ -181,7 +181,7 @@ class Body:
         place = (self.warp * 16 + row) * CHUNK_BYTES + (row % 8 ^ half) * 16
         self.codes = self.at["codes"] + place
         self.wait("codes full", zero, zero)
-        codes = self.load_codes(zero, 0)
+        codes = self.exchange(self.load_codes(zero, 0))
         first_tile = self.first // plan.chunks
         tiles = (self.end - 1) // plan.chunks - first_tile + 1
 
@@ -352,13 +352,12 @@ class Body:
         ops = emit.lane_ops(self.plan.dtype)
         registers: list = [None] * 16
         source = (self.lane - self.t + step).value
-        words = self.exchange(codes)
         for r in range(2):
             scale = emit.ptx(
                 "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", scales[r], source, out="r"
             )
             for half in range(2):
-                for i, pair in enumerate(self.decode(words[r + 2 * half])):
+                for i, pair in enumerate(self.decode(codes[r + 2 * half])):
                     at = 2 * (4 * half + i) + r
                     registers[at] = ops.multiply_pair(pair, scale)
         return registers
@@ -367,10 +366,11 @@ class Body:
         """Multiplies 256 columns.
 
         Args:
-            unit: which.
+            unit: which one.
             first: the first one of this block in the tile.
             state: sums; stage and parity of x, slot and parity of codes, what is to
-                be announced, codes of the first step, and what was read of scales.
+                be announced, the lane's codes of the first step, and what was read of
+                scales.
         """
         plan, cut = self.plan, self.plan.cut
         count = plan.rows // 2
@@ -400,6 +400,7 @@ class Body:
                 sums = emit.wgmma(plan.ptx_type, here, tile + 2 * j, sums, adds)
                 adds = emit.const(1)
             emit.wgmma_commit()
+            codes = self.exchange(codes)  # the tensor cores are busy
             stage, parity = self.turn(stage, parity, cut.stages)
         left = self.announce(left)
         numbers = [v.value for v in (stage, parity, slot, slot_parity, left)]
@@ -487,19 +488,17 @@ class Body:
             )
 
             def add(i, sums):
-                where = self.part(owner + 1 + i)
-                total = []
+                where, part = self.part(owner + 1 + i), []
                 for j in range(0, len(sums), 4):
-                    part = emit.ptx(
+                    part += emit.ptx(
                         f"ld.global.cg.v4.f32 {{$0, $1, $2, $3}}, [$4+{j * 512}];",
                         where.value,
                         out="ffff",
                     )
-                    for value, more in zip(sums[j : j + 4], part, strict=True):
-                        total.append(
-                            emit.ptx("add.rn.f32 $0, $1, $2;", value, more, out="f")
-                        )
-                return total
+                return [
+                    emit.ptx("add.rn.f32 $0, $1, $2;", *pair, out="f")
+                    for pair in zip(sums, part, strict=True)
+                ]
 
             self.write(tile, emit.loop(emit.const(0), others, emit.const(1), sums, add))
 
