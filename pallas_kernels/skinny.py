@@ -1,21 +1,25 @@
 """y = x @ W for tens of rows of x: wgmma on codes that warps decode as they come.
 
-More rows than `matvec` can hold in registers, fewer than pay for a loader that
-rearranges codes (`matmul_sm90`). A block of threads computes tiles of 64 features of
-each of four warpgroups:
+Too many rows for `matvec`, which holds x in registers; too few to pay for a loader that
+rearranges codes, as in `matmul_sm90`. A block of threads computes tiles of 256
+features, 64 for each of four warpgroups:
 
-* wgmma's first operand is the decoded weight, from registers: yᵀ is accumulated. A lane
-  takes eight neighbouring bytes of each of two rows, 16 columns of a block of 64, and
-  looks every byte up in a table of pairs that has a copy in each lane's bank, as in
-  `matvec`. What comes out is the operand as it stands, for an order of columns that x
-  follows: a fifth warpgroup copies x so, a tile of 64 columns after the other, with
-  copies of 4 bytes.
-* Each warp copies its own codes to a ring of its own, 256 columns of 16 rows a time.
-  Nobody else reads them, so no barrier is waited for but the tiles of x.
-* A pair is multiplied by its scale in 16 bits, as in `matmul_sm90`.
+* wgmma's first operand is the decoded weight, from registers; its second is x in shared
+  memory. So yᵀ is accumulated, and x may have 8, 16, ... 128 rows.
+* Two warps of a fifth warpgroup keep two rings full by TMA: tiles of x of 64 columns,
+  and codes of 256 columns of all features. Nothing but these copies, one table look-up
+  for two weights and wgmma itself goes through shared memory, which bounds the kernel.
+* wgmma wants pairs of neighbouring columns, bytes of codes, in neighbouring lanes. A
+  lane loads 16 bytes of one row, and the four lanes of a quad give each other theirs:
+  4 x 4 bytes are transposed in registers, and three words change places.
+* Every byte is looked up in a table of pairs of which each lane has a copy in its own
+  bank of shared memory, as in `matvec`, and multiplied by the scale in 16 bits.
 * Tiles are laid end to end and cut into as many runs as there are multiprocessors, all
   of a length. Parts of a tile meet in device memory, always in the same order: results
   are deterministic.
+
+Here are the op and its checks; `skinny_plan` says how the work is cut, `skinny_body`
+what a thread does.
 """
 
 import dataclasses
@@ -35,9 +39,8 @@ MAX_M = 128
 _SMEM_BYTES = 226 * 1024
 
 
-def candidate_cuts(m: int, n: int, k: int) -> list[Cut]:
-    """Cuts for a shape, the likely fastest first; not all of them fit."""
-    del n, k
+def candidate_cuts(m: int) -> list[Cut]:
+    """Cuts for so many rows, the likely fastest first; not all of them fit."""
     stages = 8 if m <= 64 else 5
     return [Cut(4, stages), Cut(4, stages, 3), Cut(3, stages), Cut(3, stages, 3)]
 
@@ -64,7 +67,7 @@ def make_plan(
         )
     nested = spec.nested_block_size if packed.nested_absmax is not None else None
     name = jnp.dtype(dtype).name
-    for candidate in [cut] if cut is not None else candidate_cuts(m, n, k):
+    for candidate in [cut] if cut is not None else candidate_cuts(m):
         plan = SkinnyPlan(
             m, n, k, name, nested, candidate, 1, spec.block_size, spec.codebook
         )

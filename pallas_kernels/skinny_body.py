@@ -451,13 +451,11 @@ class Body:
             What is to be announced once memory has it, for `announce`.
         """
         plan = self.plan
-        begin = tile * plan.chunks
-        owner = ((begin + 1) * plan.grid - 1) // plan.units
-        last = ((begin + plan.chunks) * plan.grid - 1) // plan.units
+        owner, last = plan.sharers(tile)
         index = tile * (plan.cut.workers // 32) + self.warp
         left = emit.select(owner < self.block, index + 1, emit.const(0))
         # If there is more to do, memory gets the time.
-        more = begin + plan.chunks < self.end
+        more = (tile + 1) * plan.chunks < self.end
 
         def leave():
             where = self.part(self.block)

@@ -1,6 +1,7 @@
 """How the kernel for tens of rows of x cuts its work, and what lies where."""
 
 import dataclasses
+from typing import Any
 
 from pallas_kernels.matvec_plan import BLOCK, CHUNK, CHUNK_BYTES, TABLE_BYTES, Problem
 
@@ -25,8 +26,8 @@ class Cut:
     slots: int = 2
 
     def __post_init__(self):
-        if not 1 <= self.consumers <= 4:
-            raise ValueError(f"{self} must have 1 to 4 consumers.")
+        if not 2 <= self.consumers <= 4:
+            raise ValueError(f"{self} must have 2 to 4 consumers.")
         if self.stages < 2 or self.slots < 2:
             raise ValueError(f"{self} must have 2 stages and 2 slots at least.")
 
@@ -46,7 +47,7 @@ class Cut:
         few = 32
         at_start = REGISTERS // self.threads // 8 * 8
         many = (at_start * self.threads - few * 128) // self.workers // 8 * 8
-        return min(many, 232), few
+        return many, few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,13 @@ class SkinnyPlan(Problem):
     def units(self) -> int:
         """Chunks of all tiles."""
         return self.tiles * self.chunks
+
+    def sharers(self, tile: Any) -> tuple[Any, Any]:
+        """The first and the last block of threads that have units of a tile."""
+        begin = tile * self.chunks
+        owner = ((begin + 1) * self.grid - 1) // self.units
+        last = ((begin + self.chunks) * self.grid - 1) // self.units
+        return owner, last
 
     @property
     def part_floats(self) -> int:
