@@ -129,7 +129,7 @@ def _plain_dequantize(spec, _, packed):
 
 
 def _ways(m, n, k, packed, spec, tune) -> list:
-    """Kernels and cuts: the default, or the dozen candidates before the least likely."""
+    """Kernels and their cuts: the default, or the dozen likeliest."""
     candidates = {"matvec": [None], "skinny": [None]}
     if tune:
         slices = matvec.candidate_slices(m, n, k) if m <= matvec.SLICES_MAX_M else []

@@ -90,38 +90,37 @@ class Body:
         plan = self.plan
         start = self.first % plan.chunks * STEPS
 
-        def copy(i: emit.Int, target: emit.Int, barrier: emit.Int):
+        def window(i: emit.Int):
             block = (start + i) % (plan.chunks * STEPS)
-            zero, shape = emit.const(0), (plan.rows, BLOCK)
-            return "x", zero, zero, block * BLOCK, shape, target, barrier
+            return emit.const(0), emit.const(0), block * BLOCK, (plan.rows, BLOCK)
 
         steps = (self.end - self.first) * STEPS
-        self.bring("x", plan.cut.stages, plan.x_bytes, steps, copy)
+        self.bring("x", plan.cut.stages, plan.x_bytes, steps, window)
 
     def bring_codes(self):
         """Copies codes, 256 columns of a tile's features after the other."""
         plan = self.plan
 
-        def copy(i: emit.Int, target: emit.Int, barrier: emit.Int):
+        def window(i: emit.Int):
             unit = self.first + i
             row = unit // plan.chunks * plan.features
             column = unit % plan.chunks * CHUNK_BYTES
-            shape = (plan.features, CHUNK_BYTES)
-            return "codes", self.layer, row, column, shape, target, barrier
+            return self.layer, row, column, (plan.features, CHUNK_BYTES)
 
         units = self.end - self.first
-        self.bring("codes", plan.cut.slots, plan.slot_bytes, units, copy)
+        self.bring("codes", plan.cut.slots, plan.slot_bytes, units, window)
 
-    def bring(self, name: str, stages: int, size: int, total: emit.Int, copy: Callable):
+    def bring(
+        self, name: str, stages: int, size: int, total: emit.Int, window: Callable
+    ):
         """Keeps a ring full.
 
         Args:
-            name: of the ring and its barriers.
-            stages: how many copies it has room for.
+            name: of the array, of the ring and of its barriers.
+            stages: how many windows it has room for.
             size: bytes of each.
             total: how many there are.
-            copy: says what to copy, from the number of the copy, where to, and the
-                barrier that announces it.
+            window: from its number, a window's layer, row, column and shape.
         """
         zero, one, leader = emit.const(0), emit.const(1), self.lane == 0
         # Announced by one thread, given back by each warp.
@@ -144,8 +143,12 @@ class Body:
                 barrier.value,
                 emit.bit(leader),
             )
-            ref, *window = copy(i, self.at[name] + stage * size, barrier)
-            emit.tma_load(self.ctx, self.refs[ref], *window, leader)
+            layer, row, column, shape = window(i)
+            target = self.at[name] + stage * size
+            ref = self.refs[name]
+            emit.tma_load(
+                self.ctx, ref, layer, row, column, shape, target, barrier, leader
+            )
 
         def first(i, state):
             start(i, i)
@@ -211,11 +214,13 @@ class Body:
         what scales of that code are, if scales are quantized.
         """
         plan, ops = self.plan, emit.lane_ops(self.plan.dtype)
-        numbers = byte_table(plan.codebook, plan.dtype)
-        table = tuple([emit.const(x).value for x in part] for part in numbers)
+        low, high = (
+            [emit.const(x).value for x in part]
+            for part in byte_table(plan.codebook, plan.dtype)
+        )
         for first in range(0, 256, plan.cut.workers):
             byte = self.tid + first
-            words = [decode_word(ops, (byte % 256).value, table)[0]]
+            words = [decode_word(ops, (byte % 256).value, (low, high))[0]]
             if plan.nested_block_size is not None:
                 nested = emit.address(self.refs["nested_codebook"])
                 nested = nested + (byte % 256).wide() * 4
@@ -300,7 +305,7 @@ class Body:
     def exchange(self, codes: list) -> list:
         """Gives each lane of a quad its bytes: byte t of every word.
 
-        A lane has the words of row t % 2 and half t // 2 of a block. It transposes 4 x 4
+        A lane has words of row t % 2, half t // 2 of a block. It transposes 4 x 4
         bytes, in an order that depends on the lane, and sends three of the four words.
 
         Returns:
@@ -317,8 +322,9 @@ class Body:
         mine, other = choose(odd, 0x7632, 0x5410), choose(odd, 0x5410, 0x7632)
         words = []
         for selector in (near, far):
-            pairs = [ops.permute(*codes[i : i + 2], selector) for i in (0, 2)]
-            words += [ops.permute(*pairs, last) for last in (mine, other)]
+            ab = ops.permute(codes[0], codes[1], selector)
+            cd = ops.permute(codes[2], codes[3], selector)
+            words += [ops.permute(ab, cd, last) for last in (mine, other)]
         for distance in (1, 2, 3):
             words[distance] = emit.ptx(
                 f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;",
