@@ -130,7 +130,7 @@ def _plain_dequantize(spec, _, packed):
 
 def _ways(m, n, k, packed, spec, tune) -> list:
     """Kernels and their cuts: the default, or the dozen likeliest."""
-    candidates = {"matvec": [None], "skinny": [None]}
+    candidates: dict[str, list] = {"matvec": [None], "skinny": [None]}
     if tune:
         slices = matvec.candidate_slices(m, n, k) if m <= matvec.SLICES_MAX_M else []
         candidates["matvec"] = [*slices, *matvec.candidate_tiles(m, n, k)]

@@ -106,8 +106,9 @@ def roles(condition, yes, no) -> None:
 def branch(condition, yes, no) -> None:
     """Each thread runs `yes` or `no`, functions that emit code; warps stay whole."""
     op = scf.IfOp(condition, has_else=True)
-    for block, emit_code in ((op.then_block, yes), (op.else_block, no)):
-        with ir.InsertionPoint(block):
+    regions = op.thenRegion, op.elseRegion
+    for region, emit_code in zip(regions, (yes, no), strict=True):
+        with ir.InsertionPoint(region.blocks[0]):
             emit_code()
             scf.YieldOp([])
 
