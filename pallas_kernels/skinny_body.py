@@ -386,9 +386,10 @@ class Body:
         leader, later = self.lane == 0, first < unit
         scales, words = self.decode_scales(words), self.load_scales(unit + 1)
         for step in range(STEPS):
+            a = self.operand(codes, scales, step) if cut.overlap else None
             emit.ptx("wgmma.wait_group.sync.aligned 0;")
             self.give_back(stage, emit.both(leader, later) if step == 0 else leader)
-            a = self.operand(codes, scales, step)
+            a = a or self.operand(codes, scales, step)
             if step == STEPS - 1:
                 emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
                 self.arrive("codes empty", slot, leader)
@@ -491,20 +492,39 @@ class Body:
                 self.lane.value,
             )
 
-            def add(i, sums):
-                where, part = self.part(owner + 1 + i), []
-                for j in range(0, len(sums), 4):
+            def load(i: emit.Int, first: int, count: int) -> list:
+                where, part = self.part(owner + i), []
+                for j in range(first, first + count, 4):
                     part += emit.ptx(
                         f"ld.global.cg.v4.f32 {{$0, $1, $2, $3}}, [$4+{j * 512}];",
                         where.value,
                         out="ffff",
                     )
-                return [
-                    emit.ptx("add.rn.f32 $0, $1, $2;", *pair, out="f")
-                    for pair in zip(sums, part, strict=True)
-                ]
+                return part
 
-            self.write(tile, emit.loop(emit.const(0), others, emit.const(1), sums, add))
+            def add_some(first: int, own: list) -> list:
+                count, one = len(own), emit.const(1)
+
+                def add(i, state):
+                    # The next part comes while this one is added.
+                    following = emit.select(i < others, i + 1, others)
+                    following = load(following, first, count)
+                    total = [
+                        emit.ptx("add.rn.f32 $0, $1, $2;", *pair, out="f")
+                        for pair in zip(state[:count], state[count:], strict=True)
+                    ]
+                    return [*total, *following]
+
+                state = [*own, *load(one, first, count)]
+                return emit.loop(one, others + 1, one, state, add)[:count]
+
+            def add_all():
+                total = []
+                for first in range(0, len(sums), 32):  # as registers allow
+                    total += add_some(first, sums[first : first + 32])
+                self.write(tile, total)
+
+            emit.branch(others == 0, lambda: self.write(tile, sums), add_all)
 
         emit.branch(self.block == owner, collect, leave)
         return emit.select(more, left, emit.const(0))
