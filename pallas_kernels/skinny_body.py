@@ -391,8 +391,6 @@ class Body:
             self.give_back(stage, emit.both(leader, later) if step == 0 else leader)
             a = a or self.operand(codes, scales, step)
             if step == STEPS - 1:
-                emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
-                self.arrive("codes empty", slot, leader)
                 slot, slot_parity = self.turn(slot, slot_parity, cut.slots)
                 self.wait_for_more(unit, slot, slot_parity)
                 codes = self.load_codes(slot, 0)
@@ -408,6 +406,9 @@ class Body:
                 adds = emit.const(1)
             emit.wgmma_commit()
             codes = self.exchange(codes)  # the tensor cores are busy
+            if step == STEPS - 2:
+                emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
+                self.arrive("codes empty", slot, leader)
             stage, parity = self.turn(stage, parity, cut.stages)
         left = self.announce(left)
         numbers = [v.value for v in (stage, parity, slot, slot_parity, left)]
