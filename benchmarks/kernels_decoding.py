@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks import registry
-from pallas_kernels import matvec, quantize_kernel, reference
+from pallas_kernels import matvec, quantize_kernel, reference, skinny
 from qlora_jax.quant import dequantize, quantize
 
 # k, n of Llama layers
@@ -28,7 +28,7 @@ SHAPES = [
     (28672, 8192),
     (5120, 13824),
 ]
-ROWS = [1, 2, 4, 8, 16, 32]
+ROWS = [1, 2, 4, 8, 16, 17, 32, 64, 128]
 CACHE_BYTES = 240e6  # four times an H200's L2: no weight is still there
 CALLS = 32  # in one program
 
@@ -57,7 +57,7 @@ def _seconds(run) -> float:
 
 @registry.register("decoding")
 def decoding(options: registry.Options) -> Iterator[registry.Row]:
-    """Few rows of x: the streaming kernel, with `--tune` the first cuts that fit."""
+    """Few rows of x, by the kernels for them; with `--tune` the first cuts that fit."""
     shapes = SHAPES[:1] if options.quick else SHAPES
     for k, n in [options.shape] if options.shape else shapes:
         yield from _few_rows(k, n, options)
@@ -68,25 +68,25 @@ def _few_rows(k: int, n: int, options: registry.Options) -> Iterator[registry.Ro
     weights = _weights(k, n)
     spec, packed = weights[0].spec, [w.packed for w in weights]
     bf16_weights = [dequantize(w, jnp.bfloat16).T for w in weights[:8]]
-    rows = [m for m in options.rows or ROWS if m <= matvec.MAX_M]
+    rows = [m for m in options.rows or ROWS if m <= skinny.MAX_M]
     # One x for all calls: a layer finds its x in the cache.
     xs = {m: jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16) for m in rows}
     ways = [
-        (m, t) for m in rows for t in _tiles(m, n, k, packed[0], spec, options.tune)
+        (m, way) for m in rows for way in _ways(m, n, k, packed[0], spec, options.tune)
     ]
 
     def bf16_program(m):
         return registry.program(_bf16, [xs[m]], bf16_weights, calls=CALLS)
 
     def our_program(way):
-        m, tile = way
-        multiply = functools.partial(_multiply, spec, tile)
+        m, (kernel, cut) = way
+        multiply = functools.partial(_multiply, spec, kernel, cut)
         return registry.program(multiply, [xs[m]], packed, calls=CALLS)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         bf16_runs = dict(zip(rows, pool.map(bf16_program, rows), strict=True))
         runs = dict(zip(ways, pool.map(our_program, ways), strict=True))
-    for (m, tile), run in runs.items():
+    for (m, (kernel, cut)), run in runs.items():
         read = weights[0].nbytes + 2 * m * (k + n)
         floor = max(2 * m * k * n / options.flops, read / options.bandwidth)
         with registry.alone():
@@ -97,7 +97,7 @@ def _few_rows(k: int, n: int, options: registry.Options) -> Iterator[registry.Ro
             m=m,
             k=k,
             n=n,
-            implementation="matvec" if tile is None else f"matvec {tile}",
+            implementation=kernel if cut is None else f"{kernel} {cut}",
             us=taken * 1e6,
             bf16_us=bf16 * 1e6,
             ratio=bf16 / taken,
@@ -110,8 +110,10 @@ def _bf16(x, w):
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
-def _multiply(spec, tile, x, packed):
-    return matvec.matmul(x, packed, spec, tile=tile)
+def _multiply(spec, kernel, cut, x, packed):
+    if kernel == "skinny":
+        return skinny.matmul(x, packed, spec, cut=cut)
+    return matvec.matmul(x, packed, spec, tile=cut)
 
 
 def _quantize(spec, _, w):
@@ -126,19 +128,25 @@ def _plain_dequantize(spec, _, packed):
     return reference.dequantize(packed, spec, jnp.bfloat16)
 
 
-def _tiles(m, n, k, packed, spec, tune) -> list:
-    """The default alone, or the dozen candidates before the least likely ones."""
-    if not tune:
-        return [None]
-    fitting = []
-    slices = matvec.candidate_slices(m, n, k) if m <= matvec.SLICES_MAX_M else []
-    for tile in [*slices, *matvec.candidate_tiles(m, n, k)]:
-        try:
-            matvec.make_plan(m, jnp.bfloat16, packed, spec, tile)
-        except NotImplementedError:
-            continue
-        fitting.append(tile)
-    return fitting[:12]
+def _ways(m, n, k, packed, spec, tune) -> list:
+    """Kernels and their cuts: the default, or the dozen likeliest."""
+    candidates: dict[str, list] = {"matvec": [None], "skinny": [None]}
+    if tune:
+        slices = matvec.candidate_slices(m, n, k) if m <= matvec.SLICES_MAX_M else []
+        candidates["matvec"] = [*slices, *matvec.candidate_tiles(m, n, k)]
+        candidates["skinny"] = skinny.candidate_cuts(m)
+    plans = {"matvec": matvec.make_plan, "skinny": skinny.make_plan}
+    found = []
+    for kernel, cuts in candidates.items():
+        fitting = []
+        for cut in cuts:
+            try:
+                plans[kernel](m, jnp.bfloat16, packed, spec, cut)
+            except NotImplementedError:
+                continue
+            fitting.append((kernel, cut))
+        found += fitting[:12]
+    return found
 
 
 @registry.register("quantize")

@@ -36,8 +36,9 @@ def quantized_matmul(
         spec: what its arrays mean.
         implementation: None chooses by device and shape. "xla" is the plain form, right
             on every backend and under every sharding; "sm90" the Hopper kernel; "sm80"
-            the Ampere one; "matvec" the one for few rows of x; "two_pass" a kernel
-            that decodes the weight, then the library's product.
+            the Ampere one; "matvec" the one for few rows of x, "skinny" the one
+            for tens; "two_pass" a kernel that decodes the weight, then the library's
+            product.
 
     Returns:
         `[..., n]` in x's type.
@@ -129,8 +130,8 @@ def _matmul_fwd(x, packed, spec, implementation):
 
 
 def _matmul_bwd(spec, implementation, packed, dy):
-    # A kernel for few rows has no backward of its own; it was named for the forward.
-    named = None if implementation == "matvec" else implementation
+    # Kernels for few rows have no backward of their own; one was named for the forward.
+    named = None if implementation in ("matvec", "skinny") else implementation
     return _dispatch("matmul_dx", dy, packed, spec, named), None
 
 

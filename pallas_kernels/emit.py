@@ -79,6 +79,7 @@ class Int:
 
 def const(x: int) -> Int:
     """A 32-bit constant."""
+    x -= 2**32 if x >= 2**31 else 0
     return Int(arith.constant(ir.IntegerType.get_signless(32), x))
 
 
@@ -95,6 +96,21 @@ def loop(start, stop, step, carry, body):
     with ir.InsertionPoint(op.body):
         scf.YieldOp(list(body(Int(op.induction_variable), list(op.inner_iter_args))))
     return list(op.results)
+
+
+def roles(condition, yes, no) -> None:
+    """As `branch`, where the two run at the same time and wait for each other."""
+    branch(condition, yes, no)
+
+
+def branch(condition, yes, no) -> None:
+    """Each thread runs `yes` or `no`, functions that emit code; warps stay whole."""
+    op = scf.IfOp(condition, has_else=True)
+    regions = op.thenRegion, op.elseRegion
+    for region, emit_code in zip(regions, (yes, no), strict=True):
+        with ir.InsertionPoint(region.blocks[0]):
+            emit_code()
+            scf.YieldOp([])
 
 
 def bit(condition):
@@ -158,17 +174,87 @@ def mma(half: str, a: list, b: list, c: list) -> list:
     )
 
 
+def wgmma(half: str, a: list, descriptor: Int, c: list, adds: Int) -> list:
+    """Starts c + a @ b of a warpgroup, 64 rows by 16 columns by two times len(c).
+
+    Args:
+        half: "bf16" or "f16".
+        a: the four registers of this lane's fragment.
+        descriptor: of b in shared memory, 64 bits; see `tile_descriptor`.
+        c: what was accumulated, float32.
+        adds: 0 if b's product replaces `c`.
+
+    Returns:
+        What `c` will be when `wgmma_wait` has returned.
+    """
+    count = len(c)
+    names = [f"${i}" for i in range(2 * count, 2 * count + 6)]
+    text = (
+        f"{{.reg .pred p; setp.ne.b32 p, {names[5]}, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{half}.{half} "
+        f"{{{', '.join(f'${i}' for i in range(count))}}}, "
+        f"{{{', '.join(names[:4])}}}, {names[4]}, p, 1, 1, 0;}}"
+    )
+    return _in_place(text, c, [*a, descriptor.value, adds.value], "rrrrlr")
+
+
+def wgmma_fence(a: list) -> list:
+    """Makes registers ready to be operands; returns them."""
+    return _in_place("wgmma.fence.sync.aligned;", a, [], "")
+
+
+def wgmma_commit() -> None:
+    """Ends a group of products."""
+    ptx("wgmma.commit_group.sync.aligned;")
+
+
+def wgmma_wait(groups: int, c: list) -> list:
+    """Waits until at most so many groups are under way; returns `c`.
+
+    What is not returned from here must not be used.
+    """
+    return _in_place(f"wgmma.wait_group.sync.aligned {groups};", c, [], "")
+
+
+def _in_place(text: str, values: list, inputs: list, letters: str) -> list:
+    """Emits PTX that changes registers; `letters` are the constraints of the inputs."""
+    kind = values[0].type
+    out = ["=f" if isinstance(kind, ir.F32Type) else "=r"] * len(values)
+    constraints = [*out, *map(str, range(len(values))), *letters]
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([kind] * len(values)),
+        [*values, *inputs],
+        text,
+        ",".join(constraints),
+        has_side_effects=True,
+        asm_dialect=0,
+    )
+    return [llvm.extractvalue(kind, result, [i]) for i in range(len(values))]
+
+
+def tile_descriptor(where: Int) -> Int:
+    """What wgmma takes for a tile of rows of 64 numbers, 128-byte swizzled.
+
+    Args:
+        where: its address in shared memory; 32 bytes further for each 16 columns.
+
+    Returns:
+        64 bits: the address, rows of eight 1024 bytes apart, the kind of swizzle.
+    """
+    return (where // 16).wide() + (1 << 62 | 1024 // 16 << 32 | 1 << 16)
+
+
 def barrier() -> None:
     """Waits for all threads of the block."""
     gpu.barrier()
 
 
 def tma_load(ctx, ref, layer: Int, row: Int, column: Int, shape, target, barrier, when):
-    """Starts the copy of a window of bytes to shared memory, 128-byte swizzled.
+    """Starts the copy of a window to shared memory, rows of 128 bytes, swizzled.
 
     Args:
         ctx: the launch context of the kernel.
-        ref: uint8 [rows, columns] or [layers, rows, columns] in global memory.
+        ref: [rows, columns] or [layers, rows, columns] in global memory.
         layer: which layer, if there are any.
         row: the first row of the window; rows past the end read zeros.
         column: its first column, likewise.
@@ -179,7 +265,7 @@ def tma_load(ctx, ref, layer: Int, row: Int, column: Int, shape, target, barrier
     """
     pointer = llvm.PointerType.get(3)
     window_type = ir.MemRefType.get(
-        shape, ir.IntegerType.get_signless(8), memory_space=mgpu_utils.smem()
+        shape, ir.MemRefType(ref.type).element_type, memory_space=mgpu_utils.smem()
     )
     window = (
         mgpu_utils.DynamicSlice(row.index(), shape[0]),

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels import reference
 from pallas_kernels.packed import PackedSpec, PackedWeight
 
-Implementation = Literal["xla", "two_pass", "sm90", "sm80", "matvec"]
+Implementation = Literal["xla", "two_pass", "sm90", "sm80", "matvec", "skinny"]
 Op = Literal["matmul", "matmul_dx"]
 
 # Imported when first chosen, since kernel modules pull in the GPU part of Pallas.
@@ -22,6 +22,7 @@ _MODULES = {
     "sm90": "pallas_kernels.matmul_sm90",
     "sm80": "pallas_kernels.matmul_sm80",
     "matvec": "pallas_kernels.matvec",
+    "skinny": "pallas_kernels.skinny",
 }
 
 

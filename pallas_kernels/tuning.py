@@ -36,10 +36,11 @@ def multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else 132
 
 
-# What follows was measured on an H200; docs/kernels.md has the measurements.
+# What follows was measured on an H200; docs/kernels.md and docs/kernels_decoding.md
+# have the measurements.
 
-# Rows of x up to which the kernel for few rows is the fastest.
-_FEW_ROWS = 32
+# Rows of x up to which the kernels for few rows, and for tens, are the fastest.
+_FEW_ROWS, _TENS_OF_ROWS = 16, 128
 # Features of a tile of the Hopper kernel, and numbers of the contraction of a step.
 TILE_FEATURES, STEP = 128, 64
 # Microseconds of a step, by rows of a tile.
@@ -112,6 +113,8 @@ def preference(
         return ("xla",)
     if op == "matmul" and m <= _FEW_ROWS:
         return ("matvec", "sm90", "xla")
+    if op == "matmul" and m <= _TENS_OF_ROWS:
+        return ("skinny", "matvec", "sm90", "xla")
     if two_pass_microseconds(m, spec) < best_tiling(op, m, spec).microseconds:
         return ("two_pass", "sm90", "xla")
     return ("sm90", "two_pass", "xla")

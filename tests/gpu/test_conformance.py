@@ -40,7 +40,7 @@ def product(op, spec, implementation):
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
 @pytest.mark.parametrize("op", ["matmul", "matmul_dx"])
 @pytest.mark.parametrize(
-    "implementation", [None, "xla", "two_pass", "sm90", "sm80", "matvec"]
+    "implementation", [None, "xla", "two_pass", "sm90", "sm80", "matvec", "skinny"]
 )
 def test_product(implementation, op, format, dtype):
     ran = 0
@@ -69,8 +69,8 @@ def test_product(implementation, op, format, dtype):
             assert error < MATMUL_RELATIVE[dtype], where
             again = multiply(x, w.packed)
             np.testing.assert_array_equal(y, again, err_msg=f"two runs, {where}")
-    if implementation == "matvec" and op == "matmul_dx":
-        assert not ran  # it has no backward pass
+    if implementation in ("matvec", "skinny") and op == "matmul_dx":
+        assert not ran  # they have no backward pass
     elif tuning.has_hopper():
         assert ran, f"{implementation} refused every shape: {reason}"
     elif not ran:

@@ -5,11 +5,13 @@ compute instead of emitting code. A block's threads run in lockstep, every value
 array over threads, and PTX text is interpreted. Each access must lie in its buffer,
 each barrier be met by all threads. Asynchronous copies are done either at once, which
 finds buffers refilled too early, or, `lazy`, only when they are waited for, which finds
-waits that are missing.
+waits that are missing. Roles (`emit.roles`) take turns, at mbarriers and, if `lazy`, at
+every arrival; what wgmma reads must stay as it is until wgmma is waited for.
 """
 
 import contextlib
 import re
+import threading
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +29,7 @@ class Ref:
     def __init__(self, data: np.ndarray, base: int, shared: bool):
         self.bytes = data.reshape(-1).view(np.uint8)
         self.shape, self.base, self.shared = data.shape, base, shared
+        self.item_bytes = data.dtype.itemsize
 
 
 class Int:
@@ -94,6 +97,10 @@ class Emulator:
         self.groups: list[list[Any]] = []
         self.announced: list[Any] = []  # barriers, threads, copies
         self.waits: dict[int, int] = {}
+        self.turns: Turns | None = None
+        self.counted: dict[int, list[int]] = {}  # mbarriers: arrivals, left, phases
+        self.products: list[Any] = []  # of groups under way: addresses, bytes
+        self.started: list[Any] = []
         self.mask = np.ones(threads, bool)
         self.refs, self.buffers = {}, []
         shared = _SHARED_BASE
@@ -146,7 +153,76 @@ class Emulator:
         return bits.view(np.float32)
 
     def barrier(self):
-        assert self.mask.all(), "a barrier that not all threads meet"
+        if self.turns:
+            self.turns.meet()
+        else:
+            assert self.mask.all(), "a barrier that not all threads meet"
+
+    def roles(self, condition, yes, no):
+        roles = [(self.mask & condition, yes), (self.mask & ~condition, no)]
+        if self.turns:
+            self.turns.run(roles)
+            return
+        state = "mask", "groups", "uncommitted", "products", "started"
+        self.turns = Turns(self, state)
+        self.turns.run(roles)
+        self.turns = None
+
+    def branch(self, condition, yes, no):
+        for mask, body in ((condition, yes), (~condition, no)):
+            if (self.mask & mask).any():
+                with self._masked(self.mask & mask):
+                    body()
+
+    def tile_descriptor(self, where):
+        return (where // 16).wide() + (1 << 62 | 1024 // 16 << 32 | 1 << 16)
+
+    def wgmma_fence(self, a):
+        return a
+
+    def wgmma_commit(self):
+        self.products.append(self.started)
+        self.started = []
+
+    def wgmma_wait(self, groups, c):
+        done = self.products[: len(self.products) - groups]
+        self.products = self.products[len(done) :]
+        for at, octets in (product for group in done for product in group):
+            assert (self._read(at, 16) == octets).all(), "written over while it is read"
+        return c
+
+    def wgmma(self, half, a, descriptor, c, adds):
+        """Products of the warpgroups that are here, of a tile in shared memory."""
+        groups = self.mask.reshape(-1, 128)
+        assert (groups.any(1) == groups.all(1)).all(), "a part of a warpgroup"
+        half, n = _HALVES[half], 2 * len(c)
+        c = [number.copy() for number in c]
+        w, g, t = (np.arange(128) // 32, np.arange(128) % 32 // 4, np.arange(128) % 4)
+        for i in np.flatnonzero(groups.any(1)):
+            lanes = slice(128 * i, 128 * (i + 1))
+            A = np.zeros((64, 16), np.float32)
+            for j, register in enumerate(a):
+                pair = register[lanes].copy().view(half).reshape(128, 2)
+                for e in range(2):
+                    row, column = 16 * w + g + 8 * (j % 2), 2 * t + 8 * (j // 2) + e
+                    A[row, column] = pair[:, e]
+            described = set(descriptor.value[lanes].tolist())
+            assert len(described) == 1, "not one tile"
+            where = described.pop()
+            assert where >> 14 == (1 << 62 | 64 << 32 | 1 << 16) >> 14
+            row, piece = np.divmod(np.arange(2 * n), 2)
+            at = (where & 0x3FFF) * 16 + row // 8 * 1024 + row % 8 * 128 + piece * 16
+            at = at ^ (at >> 7 & 7) << 4
+            octets = self._read(at, 16)
+            self.started.append((at, octets.copy()))
+            B = octets.reshape(-1).view(half).reshape(n, 16).astype(np.float32)
+            with np.errstate(all="ignore"):
+                product = A @ B.T
+            for j, number in enumerate(c):
+                row, column = 16 * w + g + 8 * (j // 2 % 2), j // 4 * 8 + 2 * t + j % 2
+                before = np.where(adds.value[lanes] != 0, number[lanes], 0)
+                number[lanes] = before + product[row, column]
+        return c
 
     def loop(self, start, stop, step, carry, body):
         i, carry = start.value.copy(), list(carry)
@@ -164,15 +240,16 @@ class Emulator:
 
         def copy(threads):
             for thread in np.flatnonzero(threads):
-                source = ref.bytes.reshape(ref.shape)
+                source = ref.bytes.reshape(*ref.shape[:-1], -1)
                 if len(ref.shape) == 3:
                     source = source[layer.value[thread]]
                 r, c = int(row.value[thread]), int(column.value[thread])
-                window = np.zeros(shape, np.uint8)
-                part = source[r : r + shape[0], c : c + shape[1]]
+                c, width = c * ref.item_bytes, shape[1] * ref.item_bytes
+                window = np.zeros((shape[0], width), np.uint8)
+                part = source[r : r + shape[0], c : c + width]
                 window[: part.shape[0], : part.shape[1]] = part
                 start = int(target.value[thread])
-                assert start % 1024 == 0 and shape[1] == 128, "the swizzle repeats so"
+                assert start % 1024 == 0 and width == 128, "the swizzle repeats so"
                 i, j = np.divmod(np.arange(8 * shape[0]), 8)
                 self._write(start + 128 * i + 16 * (j ^ i % 8), window.reshape(-1, 16))
 
@@ -180,6 +257,8 @@ class Emulator:
             self.announced.append([barrier.value, when & self.mask, [copy]])
         else:
             copy(when & self.mask)
+        if self.turns:
+            self._count(barrier.value, when & self.mask)
 
     # Memory.
 
@@ -267,9 +346,20 @@ class Emulator:
         """One instruction."""
         kind = op[0]
         if op[:2] == ["mbarrier", "try_wait"]:
-            self._wait(read(operands[1].strip("[]")), read(operands[2]), mask)
-        elif kind in ("mbarrier", "fence", "bar", "bra"):
+            wait = self._wait_counted if self.turns else self._wait
+            wait(read(operands[1].strip("[]")), read(operands[2]), mask)
+        elif kind == "mbarrier" and op[1] == "init":
+            self._count(self._address(operands[0], read), mask, int(operands[1]))
+        elif op[:3] == ["mbarrier", "arrive", "shared::cta"]:
+            self._count(self._address(operands[1], read), mask)
+        elif kind == "bra":
+            assert not mask.any(), "it would wait forever"
+        elif kind == "wgmma" and op[1] == "wait_group":
+            self.wgmma_wait(int(operands[0]), [])
+        elif kind in ("mbarrier", "fence", "bar", "setmaxnreg"):
             pass
+        elif kind == "red":
+            self._reduce(operands, mask, read)
         elif op[:2] == ["cp", "async"]:
             self._copy_async(op, operands, mask, read)
         elif kind in ("ld", "st"):
@@ -404,9 +494,7 @@ class Emulator:
         everyone = np.ones(self.threads, bool)
 
         def address(place):
-            base, _, offset = place.strip("[]").partition("+")
-            base = read(base)
-            return base + base.dtype.type(offset or 0)
+            return self._address(place, read)
 
         if op[2] == "commit_group":
             self.groups.append(self.uncommitted)
@@ -441,6 +529,47 @@ class Emulator:
                 self.uncommitted.append(copy)
             else:
                 copy(everyone)
+
+    def _reduce(self, operands, mask, read):
+        """Adds to words of memory, thread after thread."""
+        address, more = read(operands[0].strip("[]")), read(operands[1])
+        for thread in np.flatnonzero(mask):
+            word = self._read(address[thread], 4).reshape(-1).copy().view(np.uint32)
+            word += more[thread]
+            self._write(address[thread], word.view(np.uint8)[None])
+
+    @staticmethod
+    def _address(place, read):
+        base, _, offset = place.strip("[]").partition("+")
+        base = read(base)
+        return base + base.dtype.type(offset or 0)
+
+    def _count(self, barrier, mask, count: int | None = None):
+        """Prepares counting mbarriers, or counts arrivals at them."""
+        for address in barrier[mask].tolist():
+            if count is not None:
+                self.counted[address] = [count, count, 0]
+                continue
+            barrier = self.counted[address]
+            barrier[1] -= 1
+            if not barrier[1]:
+                barrier[1:] = barrier[0], barrier[2] + 1
+        if count is None and self.turns:
+            self.turns.idle = 0
+            if self.lazy:
+                self.turns.give()
+
+    def _wait_counted(self, barrier, parity, mask):
+        """Lets others run until the phase of that parity is over."""
+        (barrier,), (parity,) = (set(v[mask].tolist()) for v in (barrier, parity))
+        assert self.turns
+        while self.counted[barrier][2] % 2 == parity:
+            self.turns.give(waits=True)
+        for announced in self.announced:
+            threads = announced[1] & (announced[0] == barrier)
+            for copy in announced[2]:
+                copy(threads)
+            announced[1] = announced[1] & ~threads
 
     def _wait(self, barrier, parity, mask):
         """Waits for what was announced at a barrier."""
@@ -500,6 +629,86 @@ class Emulator:
             write(to, part + read(add).view(np.float32), mask)
 
 
+class Turns:
+    """Roles of a block: threads of Python, of which one runs at a time."""
+
+    def __init__(self, emulator: Emulator, state: tuple[str, ...]):
+        """Takes turns on an emulator, of which `state` belongs to each role."""
+        self.emulator, self.state = emulator, state
+        self.may_run: list[threading.Semaphore] = []
+        self.ended: list[bool] = []
+        self.now, self.idle, self.met, self.meetings = -1, 0, 0, 0
+        self.error: BaseException | None = None
+
+    def run(self, roles):
+        """Runs condition and body of each to the end; from a role, beside others."""
+        emulator, first = self.emulator, len(self.ended)
+
+        def one(i, mask, body):
+            self.may_run[i].acquire()
+            emulator.mask, emulator.groups, emulator.uncommitted = mask, [], []
+            emulator.products, emulator.started, self.now = [], [], i
+            try:
+                if not self.error and mask.any():
+                    body()
+            except BaseException as error:
+                self.error = self.error or error
+            self.ended[i], self.idle = True, 0
+            if (after := self._after(i)) != i:
+                self.may_run[after].release()
+
+        threads = []
+        for i, (mask, body) in enumerate(roles, start=first):
+            self.may_run.append(threading.Semaphore(0))
+            self.ended.append(False)
+            threads.append(threading.Thread(target=one, args=(i, mask, body)))
+            threads[-1].start()
+        if self.now >= 0:
+            while not all(self.ended[first : first + len(threads)]):
+                self.give(waits=True)
+            return
+        before = {name: getattr(emulator, name) for name in self.state}
+        self.may_run[first].release()
+        for thread in threads:
+            thread.join()
+        for name, value in before.items():
+            setattr(emulator, name, value)
+        if self.error:
+            raise self.error
+
+    def _after(self, i: int) -> int:
+        """The next role that has not ended."""
+        count = len(self.ended)
+        order = [(i + j) % count for j in range(1, count)]
+        return next((j for j in order if not self.ended[j]), i)
+
+    def give(self, waits=False):
+        """Lets another role run until it gives back; there must be one, if it waits."""
+        i, after = self.now, self._after(self.now)
+        self.idle = self.idle + 1 if waits else 0
+        stuck = after == i or self.idle > 2 * len(self.ended)
+        assert not (waits and stuck), "it would wait forever"
+        if after == i:
+            return
+        mine = {name: getattr(self.emulator, name) for name in self.state}
+        self.may_run[after].release()
+        self.may_run[i].acquire()
+        for name, value in mine.items():
+            setattr(self.emulator, name, value)
+        self.now = i
+        if self.error:
+            raise self.error
+
+    def meet(self):
+        """A barrier of all threads."""
+        self.met += self.emulator.mask.sum()
+        self.idle, meeting = 0, self.meetings
+        if self.met == self.emulator.threads:
+            self.met, self.meetings = 0, self.meetings + 1
+        while self.meetings == meeting:
+            self.give(waits=True)
+
+
 class NumpyOps:
     """`decode.Ops` on arrays over threads."""
 
@@ -526,6 +735,10 @@ class NumpyOps:
     def round_pair(self, low, high):
         pair = np.stack([low, high], -1).astype(self._half)
         return pair.view(np.uint32)[..., 0]
+
+    def multiply_pair(self, a, b):
+        numbers = (v.copy().view(self._half).reshape(-1, 2) for v in (a, b))
+        return np.multiply(*numbers).view(np.uint32)[..., 0]
 
 
 def _permute(a, b, selector):

@@ -33,8 +33,10 @@ UNEVEN = PackedSpec(RAMP, n=13824, k=5120)
     "op, m, spec, first",
     [
         ("matmul", 1, WIDE, "matvec"),
-        ("matmul", 32, WIDE, "matvec"),
-        ("matmul", 33, WIDE, "sm90"),
+        ("matmul", 16, WIDE, "matvec"),
+        ("matmul", 17, WIDE, "skinny"),
+        ("matmul", 128, WIDE, "skinny"),
+        ("matmul", 129, WIDE, "sm90"),
         ("matmul", 512, WIDE, "sm90"),
         ("matmul", 2048, WIDE, "sm90"),
         ("matmul", 8192, WIDE, "two_pass"),

@@ -1,0 +1,148 @@
+"""How the kernel for tens of rows of x cuts its work, and what lies where."""
+
+import dataclasses
+from typing import Any
+
+from pallas_kernels.matvec_plan import BLOCK, CHUNK, CHUNK_BYTES, TABLE_BYTES, Problem
+
+# Features of a warpgroup: rows of wgmma's first operand.
+FEATURES = 64
+STEPS = CHUNK // BLOCK
+REGISTERS = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a block of threads works.
+
+    Attributes:
+        consumers: warpgroups that decode and multiply, 64 features each.
+        stages: tiles of x, 64 columns each, in shared memory.
+        slots: chunks of codes, 256 columns of all features, in shared memory.
+    """
+
+    consumers: int = 4
+    stages: int = 8
+    slots: int = 2
+    overlap: bool = False
+
+    def __post_init__(self):
+        if not 2 <= self.consumers <= 4:
+            raise ValueError(f"{self} must have 2 to 4 consumers.")
+        if self.stages < 2 or self.slots < 2:
+            raise ValueError(f"{self} must have 2 stages and 2 slots at least.")
+
+    @property
+    def workers(self) -> int:
+        """Threads that decode and multiply."""
+        return 128 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: one more warpgroup brings x and codes."""
+        return self.workers + 128
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread that multiplies, and of one that does not."""
+        few = 32
+        at_start = REGISTERS // self.threads // 8 * 8
+        many = (at_start * self.threads - few * 128) // self.workers // 8 * 8
+        return many, few
+
+
+@dataclasses.dataclass(frozen=True)
+class SkinnyPlan(Problem):
+    """Everything static about one kernel.
+
+    A tile is 64 features of each consumer, all of k. Tiles are laid end to end and cut
+    into as many runs of chunks as there are blocks of threads; a run may begin or end
+    inside of a tile.
+    """
+
+    cut: Cut
+    grid: int
+    block_size: int
+    codebook: tuple[float, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of x, padded to columns of wgmma."""
+        return -(-self.m // 8) * 8
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a row, the last one possibly short."""
+        return -(-self.k // CHUNK)
+
+    @property
+    def features(self) -> int:
+        """Features of a tile."""
+        return FEATURES * self.cut.consumers
+
+    @property
+    def tiles(self) -> int:
+        """Tiles, the last one possibly with fewer features."""
+        return -(-self.n // self.features)
+
+    @property
+    def units(self) -> int:
+        """Chunks of all tiles."""
+        return self.tiles * self.chunks
+
+    def sharers(self, tile: Any) -> tuple[Any, Any]:
+        """The first and the last block of threads that have units of a tile."""
+        begin = tile * self.chunks
+        owner = ((begin + 1) * self.grid - 1) // self.units
+        last = ((begin + self.chunks) * self.grid - 1) // self.units
+        return owner, last
+
+    @property
+    def part_floats(self) -> int:
+        """Sums of a tile."""
+        return self.features * self.rows
+
+    @property
+    def num_counters(self) -> int:
+        """Counters of parts that were left: one for each warp and tile."""
+        return self.tiles * (self.cut.workers // 32)
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of one weight."""
+        return -(-self.n * self.k // self.block_size)
+
+    # Shared memory: the table of pairs, then the following.
+
+    @property
+    def x_bytes(self) -> int:
+        """A tile of x: 128 bytes of each row."""
+        return 128 * self.rows
+
+    @property
+    def slot_bytes(self) -> int:
+        """Codes of a chunk: 128 bytes of each feature."""
+        return self.features * CHUNK_BYTES
+
+    @property
+    def smem_offsets(self) -> dict[str, int]:
+        """Where each part begins; "end" is the size of all."""
+        cut = self.cut
+        sizes = {
+            "x": cut.stages * self.x_bytes,
+            "codes": cut.slots * self.slot_bytes,
+            "x full": 8 * cut.stages,
+            "x empty": 8 * cut.stages,
+            "codes full": 8 * cut.slots,
+            "codes empty": 8 * cut.slots,
+        }
+        offsets, at = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = at
+            at += size
+        return offsets | {"end": at}
+
+    @property
+    def total_smem_bytes(self) -> int:
+        """All shared memory of a block of threads."""
+        return TABLE_BYTES + self.smem_offsets["end"]
