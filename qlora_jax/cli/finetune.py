@@ -63,7 +63,8 @@ class Finetune(TrainConfig):
             for all linear layers.
         rank_pattern: ranks that differ, as 'down_proj=16': a regular expression over
             paths and a number.
-        alpha_pattern: alphas that differ, likewise.
+        alpha_pattern: alphas that differ, as 'down_proj=8': a regular expression over
+            paths and a number.
         train_rows: tokens whose rows of the embedding are trained too, as those of new
             tokens.
         init: first values of the adapters.
@@ -164,7 +165,8 @@ _GROUPS = {
         "truncate_source", "packing", "group_by_length", "skip_bad_rows",
     ),
     "adapter": (
-        "rank", "alpha", "dropout", "targets", "also", "init", "rslora", "dora",
+        "rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "also",
+        "train_rows", "init", "rslora", "dora",
     ),
     "training": (
         "steps", "epochs", "batch_size", "learning_rate", "schedule", "warmup_steps",
