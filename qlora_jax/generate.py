@@ -10,6 +10,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from qlora_jax.sharding import committed
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key
 
@@ -75,7 +77,7 @@ def generate(
     tokens, lengths = _padded(prompts)
     _check(max_new_tokens, temperature, top_p, key)
     ends = model.config.eos_token_id if eos_ids is None else tuple(eos_ids)
-    graph, state = nnx.split(model)
+    graph, state = committed(nnx.split(model))
     new = _generate(
         graph,
         state,
@@ -117,7 +119,7 @@ def stream(
     _check(max_new_tokens, temperature, top_p, key)
     ends = model.config.eos_token_id if eos_ids is None else tuple(eos_ids)
     how = (jax.random.key(0) if key is None else key, temperature, top_p)
-    graph, state = nnx.split(model)
+    graph, state = committed(nnx.split(model))
     # In large steps, so that the turns of a conversation share programs.
     capacity = -(-(tokens.shape[1] + max_new_tokens) // _CAPACITY) * _CAPACITY
     greedy = not temperature

@@ -135,3 +135,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of arrays [batch, ...]: the rows over data and fsdp."""
     axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(axes or None))
+
+
+def committed(tree: Any) -> Any:
+    """Returns the tree with every array bound to the device it is on; none is copied.
+
+    A program is compiled once for arrays that are bound and once for those that are
+    not. What a train step returns is bound, since paged state binds it: without this
+    its second call, and every evaluation after a training, would compile anew.
+
+    A tree whose arrays are not all on the same devices stays as it is: beside a model
+    on several, an array that is bound to one of them would be refused.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    if len({frozenset(leaf.sharding.device_set) for leaf in arrays}) > 1:
+        return tree
+
+    def bound(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        return jax.device_put(leaf, leaf.sharding)
+
+    return jax.tree.map(bound, tree)

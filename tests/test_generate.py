@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.generate import generate, sample, stream
+from qlora_jax.generate import _generate, generate, sample, stream
 from qlora_jax.interop.hub import load_model
 from qlora_jax.models import Llama, LlamaConfig
+from qlora_jax.sharding import committed
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,12 @@ def test_tokens_are_drawn_by_their_probability():
 def test_wrong_calls(model, prompts, options, words):
     with pytest.raises(ValueError, match=words):
         generate(model, prompts, **options)
+
+
+def test_arrays_bound_to_their_device_take_the_same_program(model):
+    graph, state = nnx.split(model)
+    bound = nnx.merge(graph, committed(state))
+    first = generate(model, [[1, 2, 3]], max_new_tokens=3)
+    compiled = _generate._cache_size()
+    assert generate(bound, [[1, 2, 3]], max_new_tokens=3) == first
+    assert _generate._cache_size() == compiled

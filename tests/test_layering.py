@@ -43,11 +43,16 @@ ALLOWED = {
         "qlora_jax.lora",
         "qlora_jax.optim",
         "qlora_jax.run",
+        "qlora_jax.sharding",
         "qlora_jax.throughput",
     },
     "qlora_jax.plan": {"qlora_jax.models", "qlora_jax.quant", "qlora_jax.train"},
-    "qlora_jax.generate": {"qlora_jax.models"},
-    "qlora_jax.evals": {"qlora_jax.data", "qlora_jax.generate"},
+    "qlora_jax.generate": {"qlora_jax.models", "qlora_jax.sharding"},
+    "qlora_jax.evals": {
+        "qlora_jax.data",
+        "qlora_jax.generate",
+        "qlora_jax.sharding",
+    },
 }
 # What `pallas_kernels` may import from outside, beside the standard library.
 KERNEL_DEPENDENCIES = {"jax", "jaxlib", "jaxtyping", "numpy"}

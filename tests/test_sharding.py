@@ -51,3 +51,20 @@ def test_rows_of_a_batch():
     whole = jax.device_put(jnp.zeros((8, 5)), sharding.batch_sharding(alone))
     np.testing.assert_array_equal(whole, 0)
     assert whole.sharding.is_fully_replicated
+
+
+def test_arrays_are_bound_where_they_are():
+    x = jnp.arange(3.0)
+    tree = sharding.committed({"x": x, "n": 2, "none": None})
+    assert tree["n"] == 2 and tree["none"] is None
+    assert not x.committed and tree["x"].committed
+    assert tree["x"].unsafe_buffer_pointer() == x.unsafe_buffer_pointer()
+
+
+def test_beside_arrays_on_a_mesh_none_is_bound_to_one_device():
+    mesh = sharding.make_mesh(data=2)
+    spread = jax.device_put(jnp.zeros(4), sharding.batch_sharding(mesh))
+    x = jnp.ones(4)
+    tree = sharding.committed([spread, x])
+    assert not tree[1].committed
+    assert jax.jit(jnp.add)(*tree).sharding.device_set == spread.sharding.device_set

@@ -10,6 +10,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from qlora_jax.sharding import committed
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
@@ -26,7 +28,9 @@ def log_probs(
         tokens: ids.
         chunk_size: tokens whose logits are in memory at a time.
     """
-    return _compiled("log_probs", chunk_size)(*nnx.split(model), jnp.asarray(tokens))
+    return _compiled("log_probs", chunk_size)(
+        *committed(nnx.split(model)), jnp.asarray(tokens)
+    )
 
 
 def next_log_probs(
@@ -42,7 +46,7 @@ def next_log_probs(
         lengths: how many tokens of each row count.
     """
     step = _compiled("next_log_probs", 0)
-    return step(*nnx.split(model), jnp.asarray(tokens), jnp.asarray(lengths))
+    return step(*committed(nnx.split(model)), jnp.asarray(tokens), jnp.asarray(lengths))
 
 
 @functools.cache

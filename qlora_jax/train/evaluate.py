@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import nnx
 
+from qlora_jax.sharding import committed
 from qlora_jax.train.loss import next_token_loss_sum
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def evaluate(model: Any, batches: Iterable["Batch"], *, chunk_size: int = 512) -
     Raises:
         ValueError: if there is no token to predict.
     """
-    graph, state = nnx.split(model)
+    graph, state = committed(nnx.split(model))
     step = _eval_step(chunk_size)
     sums = [step(graph, state, batch) for batch in batches]
     count = sum(float(count) for _, count in sums)

@@ -25,11 +25,12 @@ from qlora_jax.checkpoint import CheckpointError
 from qlora_jax.lora import join_trainable, split_trainable
 from qlora_jax.optim import SkipNonfiniteState
 from qlora_jax.run import Run
+from qlora_jax.sharding import committed
 from qlora_jax.throughput import flops_per_token, peak_flops
 from qlora_jax.train.config import TrainConfig, check_same_run
 from qlora_jax.train.loss import next_token_loss_sum
 from qlora_jax.train.progress import NonfiniteError, Progress
-from qlora_jax.train.step import committed, make_train_step, step_options
+from qlora_jax.train.step import make_train_step, step_options
 from qlora_jax.train.stop import Interruption, Stopped, StopRequest
 
 if TYPE_CHECKING:

@@ -123,12 +123,3 @@ def _split_rows(parts: int, x: "Array") -> "Array":
     if x.shape[0] % parts:
         raise ValueError(f"A batch of {x.shape[0]} rows cannot be cut into {parts=}.")
     return x.reshape(parts, -1, *x.shape[1:])
-
-
-def committed(tree: Any) -> Any:
-    """Returns the tree with every array bound to the device it is on.
-
-    What a step returns is bound, since paged state binds it; beginning with arrays that
-    are not would compile the step twice.
-    """
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), tree)
