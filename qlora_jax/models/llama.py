@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.models.attention import attention
 from qlora_jax.models.config import MLP_WEIGHTS, LlamaConfig
+from qlora_jax.models.inputs import Gated, normed
 from qlora_jax.models.remat import Remat, run_layers
 from qlora_jax.models.stack import stack_of
 
@@ -56,17 +57,29 @@ class Cache:
         return dataclasses.replace(self, lengths=lengths)
 
 
-def products(x: "Float[Array, '*b m']", weights: "list[Any]") -> "list[Array]":
-    """Returns x @ w for each weight; weights that can share work with others do.
+def products(
+    x: "Any",
+    weights: "list[Any]",
+    onto: "Array | None" = None,
+    name: str | None = None,
+) -> "list[Array]":
+    """Returns onto + x @ w for each weight; weights that can share work do.
 
-    A type of weights may have `multiply_together(x, weights)` for what several of them
-    have in common when they multiply the same x.
+    A type of weights may have `multiply_together(x, weights, onto, name)` for what
+    several of them have in common when they multiply the same x.
+
+    Args:
+        x: [*b, m], or a value of `models.inputs` that stands for it.
+        weights: what to multiply by.
+        onto: what the one product is added to, or None.
+        name: of `checkpoint_name`, for what is multiplied out; None for no name.
     """
     together = getattr(weights[0], "multiply_together", None)
-    alike = all(type(w) is type(weights[0]) for w in weights)
-    if together is None or not alike or len(weights) == 1:
-        return [x @ w for w in weights]
-    return together(x, weights)
+    if together is not None and all(type(w) is type(weights[0]) for w in weights):
+        return together(x, weights, onto, name)
+    whole = x.whole() if hasattr(x, "whole") else x
+    ys = [whole @ w if onto is None else onto + whole @ w for w in weights]
+    return ys if name is None else [checkpoint_name(y, name) for y in ys]
 
 
 def weight_of(w: Any) -> Any:
@@ -182,9 +195,16 @@ class Layer(nnx.Module):
                 scale = jnp.ones((layers, config.head_dim), dtype)
                 setattr(self, name, nnx.Param(scale))
 
-    def _project(self, x: "Array", *names: str) -> "list[Array]":
-        """Returns x times each of these weights, plus their biases."""
-        ys = products(x, [weight_of(getattr(self, name)) for name in names])
+    def _project(
+        self,
+        x: "Any",
+        *names: str,
+        onto: "Array | None" = None,
+        name: str | None = None,
+    ) -> "list[Array]":
+        """Returns x times each of these weights, plus their biases; see `products`."""
+        weights = [weight_of(getattr(self, name)) for name in names]
+        ys = products(x, weights, onto, name)
         biases = [getattr(self, f"{name}_bias", None) for name in names]
         return [
             y if bias is None else y + bias[...]
@@ -212,23 +232,23 @@ class Layer(nnx.Module):
             mlp_rows: tokens that go through the MLP at a time; None for all.
         """
         eps = self.config.norm_eps
-        normed = rms_norm(x, self.input_layernorm, eps)
-        projected = self._project(normed, "q_proj", "k_proj", "v_proj")
+        read = normed(x, self.input_layernorm[...], eps)
+        projected = self._project(read, "q_proj", "k_proj", "v_proj")
         q, k, v = map(self._heads, projected, "qkv")
         q, k = rotate(q, rotation), rotate(k, rotation)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
         mixed = checkpoint_name(attend(q, k, v), "attention")
-        (out,) = self._project(mixed.reshape(*x.shape[:-1], -1), "o_proj")
-        x = x + out
-        x = checkpoint_name(x, "residual")
-        return x + self._in_chunks(self._mlp, x, mlp_rows)
+        mixed = mixed.reshape(*x.shape[:-1], -1)
+        (x,) = self._project(mixed, "o_proj", onto=x, name="residual")
+        return self._in_chunks(self._mlp, x, mlp_rows)
 
     def _mlp(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b d']":
-        normed = rms_norm(x, self.post_attention_layernorm, self.config.norm_eps)
-        projected = self._project(normed, "gate_proj", "up_proj")
-        gate, up = (checkpoint_name(y, "gate_up") for y in projected)
-        (out,) = self._project(jax.nn.silu(gate) * up, "down_proj")
-        return out
+        """Returns x and what the MLP adds to it."""
+        scale = self.post_attention_layernorm[...]
+        read = normed(x, scale, self.config.norm_eps)
+        gate, up = self._project(read, "gate_proj", "up_proj", name="gate_up")
+        (x,) = self._project(Gated(gate, up), "down_proj", onto=x)
+        return x
 
     def _in_chunks(self, f: Callable, x: "Array", rows: int | None) -> "Array":
         """Applies `f` to `rows` tokens at a time, and recomputes them in the backward.

@@ -18,7 +18,15 @@ Remat = Literal["none", "full", "attention", "offload"]
 # Names that a layer gives by `checkpoint_name`. "low_rank" is what an adapter's first
 # product gives, "inverse_norm" one number a token: both are thin.
 _ATTENTION = ("attention",)
-_EXPENSIVE = ("qkv", "attention", "residual", "gate_up", "low_rank", "inverse_norm")
+_EXPENSIVE = (
+    "qkv",
+    "attention",
+    "residual",
+    "gate_up",
+    "low_rank",
+    "factor",
+    "inverse_norm",
+)
 
 Layer = Callable[[Any, Any], Any]
 
