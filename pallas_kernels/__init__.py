@@ -10,5 +10,3 @@ from pallas_kernels.api import quantized_matmul_dx as quantized_matmul_dx
 from pallas_kernels.implementations import Implementation as Implementation
 from pallas_kernels.packed import PackedSpec as PackedSpec
 from pallas_kernels.packed import PackedWeight as PackedWeight
-from pallas_kernels.stacking import are_decoded_first as are_decoded_first
-from pallas_kernels.stacking import stacked as stacked

@@ -16,7 +16,6 @@ side by side. The arithmetic is that of `reference`, rounding for rounding:
 
 import functools
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -142,23 +141,7 @@ class _Stream:
 
 
 class _Dequantize(_Stream):
-    """Emits `dequantize_rows` for one weight.
-
-    Attributes:
-        first_row: where in the result its rows begin.
-        columns: of the result.
-    """
-
-    def __init__(
-        self,
-        spec: PackedSpec,
-        dtype,
-        refs: dict[str, Any],
-        first_row: int = 0,
-        columns: int | None = None,
-    ):
-        super().__init__(spec, dtype, refs)
-        self.first_row, self.columns = first_row, columns or spec.k
+    """Emits `dequantize`."""
 
     def build(self):
         refs, spec = self.refs, self.spec
@@ -213,7 +196,6 @@ class _Dequantize(_Stream):
 
     def finish(self, piece: emit.Int, valid, values):
         """Looks up, scales, rounds and writes eight numbers."""
-        spec = self.spec
         word, scale, nested = values
         if nested is not None:
             scale = emit.ptx(
@@ -240,13 +222,7 @@ class _Dequantize(_Stream):
                     out="f",
                 )
             )
-        place = piece
-        if self.columns != spec.k or self.first_row:
-            in_row = spec.k // _PIECE
-            row = piece // in_row
-            place = (row + self.first_row) * (self.columns // _PIECE)
-            place = place + (piece - row * in_row)
-        y = emit.address(self.refs["y"]) + place.wide() * (_PIECE * self.bits // 8)
+        y = emit.address(self.refs["y"]) + piece.wide() * (_PIECE * self.bits // 8)
         store = (
             "{.reg .pred p; setp.ne.b32 p, $5, 0; "
             "@p st.global.v4.b32 [$0%s], {$1, $2, $3, $4};}"
@@ -364,15 +340,15 @@ class _Quantize(_Stream):
         emit.ptx(store, target.value, bits, emit.bit(leads))
 
 
-def _kernel(build, names, out_type, smem_bytes, name):
-    """The Pallas kernel that `build` emits; `names` are its operands, then results."""
+def _kernel(emitter, names, out_type, smem_bytes, name):
+    """The Pallas kernel around an emitter; `names` are its operands, then results."""
 
     def body(*refs, smem):
         named = dict(zip(names, refs, strict=True)) | {"smem": smem}
 
         @plgpu.inline_mgpu(arg_types=({key: plgpu.RefType() for key in named},))
         def run(_, refs):
-            build(refs)
+            emitter(refs).build()
 
         run(named)  # pyright: ignore[reportCallIssue]
 
@@ -405,69 +381,22 @@ def dequantize(packed: PackedWeight, spec: PackedSpec, dtype=jnp.float32) -> jax
         NotImplementedError: if this kernel cannot: other types, codes of 8 bits, k not
             a multiple of 8, block sizes that are not powers of two from 8 on.
     """
-    return dequantize_rows([packed], [spec], (spec.n, spec.k), dtype)
-
-
-def dequantize_rows(
-    weights: Sequence[PackedWeight],
-    specs: Sequence[PackedSpec],
-    shape: tuple[int, int],
-    dtype=jnp.float32,
-) -> jax.Array:
-    """Returns [W_0; W_1; ...] in one launch, in the corner of a larger array.
-
-    Args:
-        weights: of one width k, 4-bit codes.
-        specs: what the arrays of each mean.
-        shape: rows and columns of the result. What lies under and beside the weights
-            is not written: the caller has to.
-        dtype: bfloat16, float16 or float32.
-
-    Raises:
-        NotImplementedError: as `dequantize`, or if the result is too large or has a
-            number of columns that is no multiple of 8.
-    """
     dtype = jnp.dtype(dtype)
-    rows, columns = shape
-    if columns % _PIECE or rows * columns >= 2**32:
-        raise NotImplementedError(f"{columns=} must be a multiple of {_PIECE}.")
-    operands, emitters, first_row = {}, [], 0
-    for i, (packed, spec) in enumerate(zip(weights, specs, strict=True)):
-        _check(spec, dtype)
-        table = np.asarray(spec.codebook, np.float32)
-        own = {"codes": packed.codes, "absmax": packed.absmax}
-        if spec.nested_codebook is not None:
-            nested = np.asarray(spec.nested_codebook, np.float32)
-            table = np.concatenate([table, nested])
-            own["nested_absmax"] = packed.nested_absmax
-            own["offset"] = jnp.reshape(packed.offset, (-1,))
-        own["table"] = jnp.asarray(table)
-        if packed.layer is not None:
-            own["layer"] = jnp.reshape(packed.layer, (1,)).astype(jnp.int32)
-        operands |= {f"{i}.{name}": operand for name, operand in own.items()}
-        emitters.append(
-            functools.partial(
-                _Dequantize, spec, dtype, first_row=first_row, columns=columns
-            )
-        )
-        first_row += spec.n
-
-    def build(refs):
-        shared = {name: refs[name] for name in ("y", "smem")}
-        for i, emitter in enumerate(emitters):
-            if i:  # the tables of the one before are still looked at
-                emit.barrier()
-            own = {
-                name.removeprefix(f"{i}."): ref
-                for name, ref in refs.items()
-                if name.startswith(f"{i}.")
-            }
-            emitter(own | shared).build()
-
+    _check(spec, dtype)
+    table = np.asarray(spec.codebook, np.float32)
+    operands = {"codes": packed.codes, "absmax": packed.absmax}
+    if spec.nested_codebook is not None:
+        nested = np.asarray(spec.nested_codebook, np.float32)
+        table = np.concatenate([table, nested])
+        operands["nested_absmax"] = packed.nested_absmax
+        operands["offset"] = jnp.reshape(packed.offset, (-1,))
+    operands["table"] = jnp.asarray(table)
+    if packed.layer is not None:
+        operands["layer"] = jnp.reshape(packed.layer, (1,)).astype(jnp.int32)
     kernel = _kernel(
-        build,
+        functools.partial(_Dequantize, spec, dtype),
         (*operands, "y"),
-        jax.ShapeDtypeStruct(shape, dtype),
+        jax.ShapeDtypeStruct((spec.n, spec.k), dtype),
         16 * 128 + 256 * 4,
         "dequantize",
     )
@@ -500,7 +429,7 @@ def quantize(w: jax.Array, spec: PackedSpec) -> PackedWeight:
         )
     table = _interval_table(spec.codebook)
     kernel = _kernel(
-        lambda refs: _Quantize(spec, w.dtype, refs).build(),
+        functools.partial(_Quantize, spec, w.dtype),
         ("w", "table", "codes", "absmax"),
         (
             jax.ShapeDtypeStruct((spec.n * spec.k // _PIECE,), jnp.uint32),

@@ -6,94 +6,84 @@ that is cheapest, and its backward needs no copy of it. Whoever wants the array 
 `whole`. Each of these values has
 
     whole()                 the array
-    project(a)              whole() @ a, for a thin a
     project_transposed(dh)  whole().T @ dh over all rows, float32
     pull(d)                 the gradients of the parts, given that of the array; a value
                             of the same type
-    early                   whether `project_transposed` reads the parts alone, so that
-                            it may be computed before `pull`
+    early                   whether `project_transposed` had better be computed before
+                            `pull`, since it has little in common with it
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["x", "scale"], meta_fields=["eps"]
+)
 @dataclasses.dataclass(frozen=True)
 class Normed:
-    """x · inverse · scale, the root-mean-square norm of x; made by `normed`.
+    """x / sqrt(mean(x²) + eps) · scale, the root-mean-square norm of x.
 
     Attributes:
         x: [*b, d].
-        inverse: float32 [*b, 1], 1 / sqrt(mean(x²) + eps). No gradient goes through
-            it: that of x knows where it is from.
         scale: [d].
+        eps: a number.
     """
 
     x: Any
-    inverse: Any
     scale: Any
+    eps: float
 
     early: ClassVar[bool] = True
 
     def whole(self) -> jax.Array:
         """[*b, d] in the type of x, computed in float32."""
-        return _normalise(self.x, self.inverse, self.scale)
-
-    def project(self, a: jax.Array) -> jax.Array:
-        """The factors move to where they are thin: (x @ (scale · a)) · inverse."""
-        scale = self.scale.astype(jnp.float32)[:, None]
-        scaled = (scale * a.astype(jnp.float32)).astype(a.dtype)
-        h = jnp.matmul(self.x, scaled, preferred_element_type=jnp.float32)
-        return (h * self.inverse).astype(self.x.dtype)
+        return _normalised(self.x, self.scale, self.eps)
 
     def project_transposed(self, dh: jax.Array) -> jax.Array:
-        """Scale · (xᵀ @ (inverse · dh))."""
-        thin = (dh.astype(jnp.float32) * self.inverse).astype(dh.dtype)
+        """The factors move to where they are thin: scale · (xᵀ @ (inverse · dh))."""
+        thin = (dh.astype(jnp.float32) * self._inverse()).astype(dh.dtype)
         return self.scale.astype(jnp.float32)[:, None] * over_rows(self.x, thin)
 
     def pull(self, d: jax.Array) -> "Normed":
         """Dx = inverse · (g - x · inverse² · mean(g · x)), g = d · scale."""
+        inverse = self._inverse()
         x, d = self.x.astype(jnp.float32), d.astype(jnp.float32)
         g = d * self.scale.astype(jnp.float32)
-        mean = jnp.mean(g * x, axis=-1, keepdims=True) * self.inverse**2
-        dx = (g - x * mean) * self.inverse
-        dscale = jnp.sum(d * (x * self.inverse), axis=tuple(range(x.ndim - 1)))
-        return Normed(
-            dx.astype(self.x.dtype),
-            jnp.zeros_like(self.inverse),
-            dscale.astype(self.scale.dtype),
-        )
+        mean = jnp.mean(g * x, axis=-1, keepdims=True) * inverse**2
+        dx = (g - x * mean) * inverse
+        dscale = jnp.sum(d * (x * inverse), axis=tuple(range(x.ndim - 1)))
+        dx, dscale = dx.astype(self.x.dtype), dscale.astype(self.scale.dtype)
+        return Normed(dx, dscale, self.eps)
+
+    def _inverse(self) -> jax.Array:
+        """Float32 [*b, 1], 1 / sqrt(mean(x²) + eps)."""
+        x = self.x.astype(jnp.float32)
+        return lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
 
 
-def normed(x: jax.Array, scale: jax.Array, eps: float) -> Normed:
-    """Returns x / sqrt(mean(x²) + eps) · scale, not yet computed."""
-    x32 = lax.stop_gradient(x).astype(jnp.float32)
-    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    inverse = checkpoint_name(lax.rsqrt(mean_square + eps), "inverse_norm")
-    return Normed(x, inverse, scale)
-
-
-@jax.custom_vjp
-def _normalise(x, inverse, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normalised(x, scale, eps):
+    inverse = Normed(x, scale, eps)._inverse()
     return (x.astype(jnp.float32) * inverse).astype(x.dtype) * scale
 
 
-def _normalise_fwd(x, inverse, scale):
-    return _normalise(x, inverse, scale), Normed(x, inverse, scale)
+def _normalised_fwd(x, scale, eps):
+    return _normalised(x, scale, eps), Normed(x, scale, eps)
 
 
-def _normalise_bwd(parts, d):
+def _normalised_bwd(eps, parts, d):
+    del eps
     of = parts.pull(d)
-    return of.x, of.inverse, of.scale
+    return of.x, of.scale
 
 
-_normalise.defvjp(_normalise_fwd, _normalise_bwd)
+_normalised.defvjp(_normalised_fwd, _normalised_bwd)
 
 
 @jax.tree_util.register_dataclass
@@ -114,10 +104,6 @@ class Gated:
     def whole(self) -> jax.Array:
         """[*b, m]."""
         return _gated(self.gate, self.up)
-
-    def project(self, a: jax.Array) -> jax.Array:
-        """whole() @ a."""
-        return self.whole() @ a
 
     def project_transposed(self, dh: jax.Array) -> jax.Array:
         """whole()ᵀ @ dh: the array is computed again, in one pass with `pull`."""

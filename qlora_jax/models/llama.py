@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.models.attention import attention
 from qlora_jax.models.config import MLP_WEIGHTS, LlamaConfig
-from qlora_jax.models.inputs import Gated, normed
+from qlora_jax.models.inputs import Gated, Normed
 from qlora_jax.models.remat import Remat, run_layers
 from qlora_jax.models.stack import stack_of
 
@@ -130,10 +130,7 @@ def rms_norm(
     x: "Float[Array, '*b d']", scale: "nnx.Param", eps: float
 ) -> "Float[Array, '*b d']":
     """Returns x / sqrt(mean(x²) + eps) · scale, computed in float32."""
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    inverse = checkpoint_name(lax.rsqrt(mean_square + eps), "inverse_norm")
-    return (x32 * inverse).astype(x.dtype) * scale[...]
+    return Normed(x, scale[...], eps).whole()
 
 
 def rotate(
@@ -232,7 +229,7 @@ class Layer(nnx.Module):
             mlp_rows: tokens that go through the MLP at a time; None for all.
         """
         eps = self.config.norm_eps
-        read = normed(x, self.input_layernorm[...], eps)
+        read = Normed(x, self.input_layernorm[...], eps)
         projected = self._project(read, "q_proj", "k_proj", "v_proj")
         q, k, v = map(self._heads, projected, "qkv")
         q, k = rotate(q, rotation), rotate(k, rotation)
@@ -245,7 +242,7 @@ class Layer(nnx.Module):
     def _mlp(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b d']":
         """Returns x and what the MLP adds to it."""
         scale = self.post_attention_layernorm[...]
-        read = normed(x, scale, self.config.norm_eps)
+        read = Normed(x, scale, self.config.norm_eps)
         gate, up = self._project(read, "gate_proj", "up_proj", name="gate_up")
         (x,) = self._project(Gated(gate, up), "down_proj", onto=x)
         return x

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 Remat = Literal["none", "full", "attention", "offload"]
 
 # Names that a layer gives by `checkpoint_name`. "low_rank" is what an adapter's first
-# product gives, "inverse_norm" one number a token: both are thin.
+# product gives, "factor" the rounded matrices of adapters: both are thin.
 _ATTENTION = ("attention",)
 _EXPENSIVE = (
     "qkv",
@@ -25,7 +25,6 @@ _EXPENSIVE = (
     "gate_up",
     "low_rank",
     "factor",
-    "inverse_norm",
 )
 
 Layer = Callable[[Any, Any], Any]
