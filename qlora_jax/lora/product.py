@@ -105,7 +105,7 @@ def _products_fwd(static, x, onto, bases, a, b):
     ys = []
     for w, part, one in zip(bases, _split(h, b), b, strict=True):
         added = part @ one if onto is None else onto + part @ one
-        ys.append(named(whole @ w + added).reshape(*batch, -1))
+        ys.append(named(whole @ _after(whole, w) + added).reshape(*batch, -1))
     return ys, (x, bases, a, b, h, onto is None)
 
 
@@ -119,7 +119,7 @@ def _products_bwd(static, residuals, dys):
     db = [one * scale for one, scale in zip(db, scales, strict=True)]
     dx = dh @ a.T
     for dy, w in zip(rows, bases, strict=True):
-        dx = transposed_product(dy, w) + dx
+        dx = transposed_product(dy, _after(dy, w)) + dx
     dx, dh = (one.reshape(*batch, -1) for one in (dx, dh))
     if not x.early:
         dx = x.pull(dx)
@@ -136,6 +136,16 @@ def _products_bwd(static, residuals, dys):
 
 
 _products.defvjp(_products_fwd, _products_bwd)
+
+
+def _after(x: Leaf, w: QuantizedTensor) -> QuantizedTensor:
+    """The weight, which nothing may look at before x is there.
+
+    A weight that is decoded to memory first had better not be long before it is needed.
+    """
+    if w.layer is None:
+        return w
+    return dataclasses.replace(w, layer=lax.optimization_barrier((w.layer, x))[0])
 
 
 def _split(x: Leaf, b: list[Leaf]) -> list[Leaf]:

@@ -138,7 +138,7 @@ def rotate(
 ) -> "Float[Array, 'b t h c']":
     """Turns the pairs (x[i], x[i + c/2]) of each head by the angles of its position."""
     cos, sin = (r[:, :, None] for r in rotation)  # [b, t, 1, c/2]
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    x1, x2 = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
     return turned.astype(x.dtype)
 
@@ -258,8 +258,13 @@ class Layer(nnx.Module):
         rowwise = all(getattr(weight_of(w), "rowwise", True) for w in weights)
         if count < 2 or count != int(count) or not rowwise:
             return f(x)
-        chunks = x.reshape(int(count), rows, x.shape[-1])
-        return lax.map(jax.checkpoint(f, prevent_cse=False), chunks).reshape(x.shape)
+        one_at_a_time = jax.checkpoint(f, prevent_cse=False)
+        done: list[Array] = []
+        for chunk in jnp.split(x.reshape(-1, x.shape[-1]), int(count)):
+            if done:  # forward this chunk, and backward the last one, has to wait
+                chunk, done[-1] = lax.optimization_barrier((chunk, done[-1]))
+            done.append(one_at_a_time(chunk))
+        return jnp.concatenate(done).reshape(x.shape)
 
 
 class Llama(nnx.Module):
