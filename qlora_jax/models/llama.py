@@ -11,7 +11,7 @@ value heads, c head dimension, s capacity of a cache, l layers, v vocabulary.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     Attend = Callable[[Array, Array, Array], Array]
 
 
-# Enough for a matmul to reach its speed.
-_MLP_ROWS = 4096
+# Tokens that go through an MLP at a time where it is recomputed: enough for a matmul to
+# reach its speed. Layers that are compiled one by one leave memory for more.
+_MLP_ROWS, _MLP_ROWS_UNROLLED = 4096, 8192
 
 
 @jax.tree_util.register_dataclass
@@ -228,16 +229,23 @@ class Layer(nnx.Module):
             attend: (q, k, v) -> the attention, with its mask.
             mlp_rows: tokens that go through the MLP at a time; None for all.
         """
-        eps = self.config.norm_eps
-        read = Normed(x, self.input_layernorm[...], eps)
+        shape = x.shape
+        if self._is_rowwise(self.config.linear_shapes()):
+            # Rows, of which the norm and the residual sum see the same array: a product
+            # could otherwise not be added to it without a copy.
+            x = x.reshape(-1, shape[-1])
+        read = Normed(x, self.input_layernorm[...], self.config.norm_eps)
         projected = self._project(read, "q_proj", "k_proj", "v_proj")
-        q, k, v = map(self._heads, projected, "qkv")
+        q, k, v = (
+            self._heads(y.reshape(*shape[:-1], -1), name)
+            for y, name in zip(projected, "qkv", strict=True)
+        )
         q, k = rotate(q, rotation), rotate(k, rotation)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
         mixed = checkpoint_name(attend(q, k, v), "attention")
         mixed = mixed.reshape(*x.shape[:-1], -1)
         (x,) = self._project(mixed, "o_proj", onto=x, name="residual")
-        return self._in_chunks(self._mlp, x, mlp_rows)
+        return self._in_chunks(self._mlp, x, mlp_rows).reshape(shape)
 
     def _mlp(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b d']":
         """Returns x and what the MLP adds to it."""
@@ -247,6 +255,11 @@ class Layer(nnx.Module):
         (x,) = self._project(Gated(gate, up), "down_proj", onto=x)
         return x
 
+    def _is_rowwise(self, names: "Iterable[str]") -> bool:
+        """Whether each of these weights treats a row alike wherever it stands."""
+        weights = (weight_of(getattr(self, name)) for name in names)
+        return all(getattr(w, "rowwise", True) for w in weights)
+
     def _in_chunks(self, f: Callable, x: "Array", rows: int | None) -> "Array":
         """Applies `f` to `rows` tokens at a time, and recomputes them in the backward.
 
@@ -254,9 +267,7 @@ class Layer(nnx.Module):
         where a row stands (a random mask does, and an adapter chosen by row).
         """
         count = 1 if rows is None else math.prod(x.shape[:-1]) / rows
-        weights = (getattr(self, name) for name in MLP_WEIGHTS)
-        rowwise = all(getattr(weight_of(w), "rowwise", True) for w in weights)
-        if count < 2 or count != int(count) or not rowwise:
+        if count < 2 or count != int(count) or not self._is_rowwise(MLP_WEIGHTS):
             return f(x)
         one_at_a_time = jax.checkpoint(f, prevent_cse=False)
         done: list[Array] = []
@@ -355,7 +366,8 @@ class Llama(nnx.Module):
 
         graph, sliced, at_layer = stack_of(self.layers)
         # The activations of the MLP are the widest: recomputed, they come in chunks.
-        mlp_rows = None if remat == "none" else _MLP_ROWS
+        mlp_rows = _MLP_ROWS_UNROLLED if unroll else _MLP_ROWS
+        mlp_rows = None if remat == "none" else mlp_rows
 
         def layer(x, number_and_slices):
             layer = nnx.merge(graph, at_layer(*number_and_slices))
