@@ -2,9 +2,11 @@
 
     python -m benchmarks.finetune --only "none 4x2048" --profile traces
     python -m benchmarks.breakdown traces/none-4x2048 --out docs/performance.png
+    python -m benchmarks.breakdown traces/none-4x2048 --top 30   the kernels by name
 
 Kernels are sorted by their names. Products of the base and of adapters have the same
-ones, and are told apart by how long they take.
+ones, and are told apart by how long they take; what follows the last product is the
+optimizer.
 """
 
 import argparse
@@ -20,7 +22,7 @@ KINDS = [
     ("decoding of weights", r"dequantize"),
     ("fused products", r"packed_matmul|matvec"),
     ("products", r"nvjet|gemm|cutlass|cublas"),
-    ("copies", r"memcpy|memset|dynamic_update_slice|concatenate"),
+    ("copies", r"memcpy|memset|dynamic_update_slice|wrapped_(slice|concatenate)"),
     ("elementwise", r""),
 ]
 
@@ -44,6 +46,24 @@ def kernels(folder: pathlib.Path) -> list[tuple[str, float, float]]:
     ]
 
 
+def kind_of(name: str) -> str:
+    """The kind of a kernel, by its name."""
+    return next(k for k, words in KINDS if re.search(words, name, re.IGNORECASE))
+
+
+def top(events: list[tuple[str, float, float]], count: int) -> str:
+    """The names that take longest, as lines of a table."""
+    taken = collections.defaultdict(list)
+    for name, _, microseconds in events:
+        taken[name].append(microseconds)
+    rows = sorted(taken.items(), key=lambda item: -sum(item[1]))[:count]
+    return "\n".join(
+        f"{sum(each) / 1e3:9.2f} ms {len(each):6d} x {sum(each) / len(each):9.1f} us  "
+        f"{name[:100]}"
+        for name, each in rows
+    )
+
+
 def breakdown(
     events: list[tuple[str, float, float]], thin: float
 ) -> dict[str, tuple[float, int]]:
@@ -55,8 +75,11 @@ def breakdown(
     """
     found: dict[str, tuple[float, int]] = collections.defaultdict(lambda: (0.0, 0))
     busy, end = 0.0, 0.0
+    last = max(
+        (start for name, start, _ in events if "prod" in kind_of(name)), default=0
+    )
     for name, start, taken in sorted(events, key=lambda event: event[1]):
-        kind = next(k for k, words in KINDS if re.search(words, name, re.IGNORECASE))
+        kind = kind_of(name) if start <= last else "optimizer"
         if kind == "products":
             kind = "products of adapters" if taken < thin else "products of the base"
         total, count = found[kind]
@@ -97,9 +120,13 @@ def main() -> None:
     parser.add_argument("trace", type=pathlib.Path, help="the folder of a trace")
     parser.add_argument("--out", type=pathlib.Path, help="a .png to draw")
     parser.add_argument("--thin", type=float, default=90.0, help="microseconds")
+    parser.add_argument("--top", type=int, default=0, help="kernels to list by name")
     arguments = parser.parse_args()
-    parts = breakdown(kernels(arguments.trace), arguments.thin)
+    events = kernels(arguments.trace)
+    parts = breakdown(events, arguments.thin)
     print(table(parts))
+    if arguments.top:
+        print(top(events, arguments.top))
     if arguments.out:
         draw(parts, arguments.out)
 

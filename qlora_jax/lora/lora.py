@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.lora.forms import KernelForm
 from qlora_jax.lora.low_rank import Product, low_rank, low_rank_together
+from qlora_jax.lora.product import adapted_products
+from qlora_jax.quant import QuantizedTensor
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Key, Shaped
@@ -232,30 +235,41 @@ class LoraTensor:
         return y
 
     @staticmethod
-    def multiply_together(x: Leaf, weights: "Sequence[LoraTensor]") -> list[Leaf]:
-        """Returns `x @ w` for each weight, with one first product for all adapters.
+    def multiply_together(
+        x: Any,
+        weights: "Sequence[LoraTensor]",
+        onto: Leaf = None,
+        name: str | None = None,
+    ) -> list[Leaf]:
+        """Returns `onto + x @ w` for each weight, computed together as far as it pays.
 
-            [h1 h2 ...] = x @ [a1 a2 ...];    y_i = x @ w_i + h_i @ b_i * scale_i
+            [h1 h2 ...] = x @ [a1 a2 ...];    y_i = onto + x @ w_i + h_i @ b_i * scale_i
 
         q, k and v, or gate and up, have one input. So have their gradients: with
-        respect to x, all adapters add one product.
+        respect to x, all adapters add one product. See `adapted_products`.
 
         Args:
-            x: activations [*batch, in].
+            x: activations [*batch, in], or a value with `whole` that computes them.
             weights: without stack axes.
+            onto: what the product is added to, or None; with one weight alone.
+            name: of `checkpoint_name`, for the products; None for no name.
         """
-        if not all(w._is_plain() for w in weights):
-            return [x @ w for w in weights]
-        for w in weights:
-            w._check(x, projected=False)
-        ys = [x @ unwrapped(w.w) for w in weights]
-        adapters = jax.checkpoint(
-            functools.partial(low_rank_together, scales=[w.scale for w in weights]),
-            policy=jax.checkpoint_policies.dots_saveable,
-        )
-        a, b = ([unwrapped(getattr(w, name)) for w in weights] for name in "ab")
-        added = adapters(x, a, b)
-        return [y + z.astype(y.dtype) for y, z in zip(ys, added, strict=True)]
+        plain = all(w._is_plain() for w in weights)
+        quantized = [isinstance(unwrapped(w.w), QuantizedTensor) for w in weights]
+        if plain and all(quantized):
+            # Its shape and type are checked; nothing is computed where this is traced.
+            shape = jax.eval_shape(lambda x: x.whole(), x) if hasattr(x, "whole") else x
+            for w in weights:
+                w._check(shape, projected=False)
+            bases, a, b = (
+                [unwrapped(getattr(w, leaf)) for w in weights] for leaf in "wab"
+            )
+            scales = [w.scale for w in weights]
+            return adapted_products(x, bases, a, b, scales=scales, onto=onto, name=name)
+        x = x.whole() if hasattr(x, "whole") else x
+        ys = _together(x, weights) if plain else [x @ w for w in weights]
+        ys = [y if onto is None else onto + y for y in ys]
+        return [y if name is None else checkpoint_name(y, name) for y in ys]
 
     def _is_plain(self) -> bool:
         """Whether there is nothing but `x @ w + x @ a @ b * scale` to be computed."""
@@ -310,6 +324,20 @@ class LoraTensor:
         # Without the barrier m / sqrt(s) becomes m * rsqrt(s), which is not 1 for a
         # zero adapter.
         return unwrapped(self.magnitude) / jax.lax.optimization_barrier(norm)
+
+
+def _together(x: Leaf, weights: "Sequence[LoraTensor]") -> list[Leaf]:
+    """`x @ w` for each weight, with one first product for all adapters."""
+    for w in weights:
+        w._check(x, projected=False)
+    ys = [x @ unwrapped(w.w) for w in weights]
+    adapters = jax.checkpoint(
+        functools.partial(low_rank_together, scales=[w.scale for w in weights]),
+        policy=jax.checkpoint_policies.dots_saveable,
+    )
+    a, b = ([unwrapped(getattr(w, name)) for w in weights] for name in "ab")
+    added = adapters(x, a, b)
+    return [y + z.astype(y.dtype) for y, z in zip(ys, added, strict=True)]
 
 
 def scale_of(rank: int, alpha: float, rslora: bool) -> float:

@@ -11,7 +11,7 @@ value heads, c head dimension, s capacity of a cache, l layers, v vocabulary.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.models.attention import attention
 from qlora_jax.models.config import MLP_WEIGHTS, LlamaConfig
+from qlora_jax.models.inputs import Gated, Normed
 from qlora_jax.models.remat import Remat, run_layers
 from qlora_jax.models.stack import stack_of
 
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
     Attend = Callable[[Array, Array, Array], Array]
 
 
-# Enough for a matmul to reach its speed.
-_MLP_ROWS = 4096
+# Tokens that go through an MLP at a time where it is recomputed: enough for a matmul to
+# reach its speed. Layers that are compiled one by one leave memory for more.
+_MLP_ROWS, _MLP_ROWS_UNROLLED = 4096, 8192
 
 
 @jax.tree_util.register_dataclass
@@ -56,17 +58,29 @@ class Cache:
         return dataclasses.replace(self, lengths=lengths)
 
 
-def products(x: "Float[Array, '*b m']", weights: "list[Any]") -> "list[Array]":
-    """Returns x @ w for each weight; weights that can share work with others do.
+def products(
+    x: "Any",
+    weights: "list[Any]",
+    onto: "Array | None" = None,
+    name: str | None = None,
+) -> "list[Array]":
+    """Returns onto + x @ w for each weight; weights that can share work do.
 
-    A type of weights may have `multiply_together(x, weights)` for what several of them
-    have in common when they multiply the same x.
+    A type of weights may have `multiply_together(x, weights, onto, name)` for what
+    several of them have in common when they multiply the same x.
+
+    Args:
+        x: [*b, m], or a value of `models.inputs` that stands for it.
+        weights: what to multiply by.
+        onto: what the one product is added to, or None.
+        name: of `checkpoint_name`, for what is multiplied out; None for no name.
     """
     together = getattr(weights[0], "multiply_together", None)
-    alike = all(type(w) is type(weights[0]) for w in weights)
-    if together is None or not alike or len(weights) == 1:
-        return [x @ w for w in weights]
-    return together(x, weights)
+    if together is not None and all(type(w) is type(weights[0]) for w in weights):
+        return together(x, weights, onto, name)
+    whole = x.whole() if hasattr(x, "whole") else x
+    ys = [whole @ w if onto is None else onto + whole @ w for w in weights]
+    return ys if name is None else [checkpoint_name(y, name) for y in ys]
 
 
 def weight_of(w: Any) -> Any:
@@ -117,10 +131,7 @@ def rms_norm(
     x: "Float[Array, '*b d']", scale: "nnx.Param", eps: float
 ) -> "Float[Array, '*b d']":
     """Returns x / sqrt(mean(x²) + eps) · scale, computed in float32."""
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    inverse = checkpoint_name(lax.rsqrt(mean_square + eps), "inverse_norm")
-    return (x32 * inverse).astype(x.dtype) * scale[...]
+    return Normed(x, scale[...], eps).whole()
 
 
 def rotate(
@@ -128,7 +139,7 @@ def rotate(
 ) -> "Float[Array, 'b t h c']":
     """Turns the pairs (x[i], x[i + c/2]) of each head by the angles of its position."""
     cos, sin = (r[:, :, None] for r in rotation)  # [b, t, 1, c/2]
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    x1, x2 = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
     return turned.astype(x.dtype)
 
@@ -182,9 +193,16 @@ class Layer(nnx.Module):
                 scale = jnp.ones((layers, config.head_dim), dtype)
                 setattr(self, name, nnx.Param(scale))
 
-    def _project(self, x: "Array", *names: str) -> "list[Array]":
-        """Returns x times each of these weights, plus their biases."""
-        ys = products(x, [weight_of(getattr(self, name)) for name in names])
+    def _project(
+        self,
+        x: "Any",
+        *names: str,
+        onto: "Array | None" = None,
+        name: str | None = None,
+    ) -> "list[Array]":
+        """Returns x times each of these weights, plus their biases; see `products`."""
+        weights = [weight_of(getattr(self, name)) for name in names]
+        ys = products(x, weights, onto, name)
         biases = [getattr(self, f"{name}_bias", None) for name in names]
         return [
             y if bias is None else y + bias[...]
@@ -211,24 +229,36 @@ class Layer(nnx.Module):
             attend: (q, k, v) -> the attention, with its mask.
             mlp_rows: tokens that go through the MLP at a time; None for all.
         """
-        eps = self.config.norm_eps
-        normed = rms_norm(x, self.input_layernorm, eps)
-        projected = self._project(normed, "q_proj", "k_proj", "v_proj")
-        q, k, v = map(self._heads, projected, "qkv")
+        shape = x.shape
+        if self._is_rowwise(self.config.linear_shapes()):
+            # Rows, of which the norm and the residual sum see the same array: a product
+            # could otherwise not be added to it without a copy.
+            x = x.reshape(-1, shape[-1])
+        read = Normed(x, self.input_layernorm[...], self.config.norm_eps)
+        projected = self._project(read, "q_proj", "k_proj", "v_proj")
+        q, k, v = (
+            self._heads(y.reshape(*shape[:-1], -1), name)
+            for y, name in zip(projected, "qkv", strict=True)
+        )
         q, k = rotate(q, rotation), rotate(k, rotation)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
         mixed = checkpoint_name(attend(q, k, v), "attention")
-        (out,) = self._project(mixed.reshape(*x.shape[:-1], -1), "o_proj")
-        x = x + out
-        x = checkpoint_name(x, "residual")
-        return x + self._in_chunks(self._mlp, x, mlp_rows)
+        mixed = mixed.reshape(*x.shape[:-1], -1)
+        (x,) = self._project(mixed, "o_proj", onto=x, name="residual")
+        return self._in_chunks(self._mlp, x, mlp_rows).reshape(shape)
 
     def _mlp(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b d']":
-        normed = rms_norm(x, self.post_attention_layernorm, self.config.norm_eps)
-        projected = self._project(normed, "gate_proj", "up_proj")
-        gate, up = (checkpoint_name(y, "gate_up") for y in projected)
-        (out,) = self._project(jax.nn.silu(gate) * up, "down_proj")
-        return out
+        """Returns x and what the MLP adds to it."""
+        scale = self.post_attention_layernorm[...]
+        read = Normed(x, scale, self.config.norm_eps)
+        gate, up = self._project(read, "gate_proj", "up_proj", name="gate_up")
+        (x,) = self._project(Gated(gate, up), "down_proj", onto=x)
+        return x
+
+    def _is_rowwise(self, names: "Iterable[str]") -> bool:
+        """Whether each of these weights treats a row alike wherever it stands."""
+        weights = (weight_of(getattr(self, name)) for name in names)
+        return all(getattr(w, "rowwise", True) for w in weights)
 
     def _in_chunks(self, f: Callable, x: "Array", rows: int | None) -> "Array":
         """Applies `f` to `rows` tokens at a time, and recomputes them in the backward.
@@ -237,12 +267,15 @@ class Layer(nnx.Module):
         where a row stands (a random mask does, and an adapter chosen by row).
         """
         count = 1 if rows is None else math.prod(x.shape[:-1]) / rows
-        weights = (getattr(self, name) for name in MLP_WEIGHTS)
-        rowwise = all(getattr(weight_of(w), "rowwise", True) for w in weights)
-        if count < 2 or count != int(count) or not rowwise:
+        if count < 2 or count != int(count) or not self._is_rowwise(MLP_WEIGHTS):
             return f(x)
-        chunks = x.reshape(int(count), rows, x.shape[-1])
-        return lax.map(jax.checkpoint(f, prevent_cse=False), chunks).reshape(x.shape)
+        one_at_a_time = jax.checkpoint(f, prevent_cse=False)
+        done: list[Array] = []
+        for chunk in jnp.split(x.reshape(-1, x.shape[-1]), int(count)):
+            if done:  # forward this chunk, and backward the last one, has to wait
+                chunk, done[-1] = lax.optimization_barrier((chunk, done[-1]))
+            done.append(one_at_a_time(chunk))
+        return jnp.concatenate(done).reshape(x.shape)
 
 
 class Llama(nnx.Module):
@@ -336,7 +369,8 @@ class Llama(nnx.Module):
 
         graph, sliced, at_layer = stack_of(self.layers)
         # The activations of the MLP are the widest: recomputed, they come in chunks.
-        mlp_rows = None if remat == "none" else _MLP_ROWS
+        mlp_rows = _MLP_ROWS_UNROLLED if unroll else _MLP_ROWS
+        mlp_rows = None if remat == "none" else mlp_rows
 
         def layer(x, number_and_slices):
             layer = nnx.merge(graph, at_layer(*number_and_slices))

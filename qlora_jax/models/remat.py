@@ -16,9 +16,16 @@ from jax.ad_checkpoint import checkpoint_name
 Remat = Literal["none", "full", "attention", "offload"]
 
 # Names that a layer gives by `checkpoint_name`. "low_rank" is what an adapter's first
-# product gives, "inverse_norm" one number a token: both are thin.
+# product gives, "factor" the rounded matrices of adapters: both are thin.
 _ATTENTION = ("attention",)
-_EXPENSIVE = ("qkv", "attention", "residual", "gate_up", "low_rank", "inverse_norm")
+_EXPENSIVE = (
+    "qkv",
+    "attention",
+    "residual",
+    "gate_up",
+    "low_rank",
+    "factor",
+)
 
 Layer = Callable[[Any, Any], Any]
 

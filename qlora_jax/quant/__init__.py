@@ -11,3 +11,4 @@ from qlora_jax.quant.tensor import QuantizedTensor as QuantizedTensor
 from qlora_jax.quant.tensor import dequantize as dequantize
 from qlora_jax.quant.tensor import quantize as quantize
 from qlora_jax.quant.tensor import quantized_matmul as quantized_matmul
+from qlora_jax.quant.tensor import transposed_product as transposed_product

@@ -223,6 +223,13 @@ def quantized_matmul(
     )
 
 
+def transposed_product(
+    dy: "Float[Array, '*batch out']", w: QuantizedTensor
+) -> "Float[Array, '*batch in']":
+    """Returns dy @ wᵀ, the gradient of `x @ w` with respect to x."""
+    return pallas_kernels.quantized_matmul_dx(dy, w.packed, w.spec)
+
+
 def quantize(
     w: "Shaped[Array, '*stack in out'] | Shaped[np.ndarray, '*stack in out']",
     format: str | Format = "nf4",

@@ -60,9 +60,52 @@ def chunked_cross_entropy(
 
 
 def _chunk_loss(head: Any, x: Any, held: Any, target: Any, weight: Any) -> Any:
-    logits = head(x, *held)  # float32 [chunk, v]
+    return jnp.sum(token_losses(head(x, *held), target) * weight)
+
+
+@jax.custom_vjp
+def token_losses(
+    logits: "Float[Array, 'chunk v']", target: "Int[Array, 'chunk']"
+) -> "Float[Array, 'chunk']":
+    """Returns -log softmax(logits)[target] of each row.
+
+    The logits are read once, and once more for their gradient, which is written by one
+    pass in the type that asks for it.
+    """
+    return _token_losses_fwd(logits, target)[0]
+
+
+def _token_losses_fwd(logits, target):
+    total = _log_sum_exp(logits)
     picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weight)
+    return total - picked, (logits, total, target)
+
+
+def _token_losses_bwd(residuals, ct):
+    logits, total, target = residuals
+    # Compared, not scattered: a scatter would need the array in float32, as it is.
+    is_target = lax.broadcasted_iota(target.dtype, logits.shape, 1) == target[:, None]
+    gradient = jnp.exp(logits - total[:, None]) - is_target.astype(logits.dtype)
+    return gradient * ct[:, None], None
+
+
+token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
+
+
+def _log_sum_exp(x: "Float[Array, 'chunk v']") -> "Float[Array, 'chunk']":
+    """The logarithm of the sum of exponentials of each row, in one pass over it.
+
+    What is added up are pairs: a maximum, and the sum of exp(x - maximum) so far.
+    """
+
+    def add(one, other):
+        top = jnp.maximum(one[0], other[0])
+        return top, one[1] * jnp.exp(one[0] - top) + other[1] * jnp.exp(other[0] - top)
+
+    lowest = jnp.asarray(jnp.finfo(x.dtype).min, x.dtype)
+    start = (lowest, jnp.zeros((), x.dtype))
+    top, total = lax.reduce((x, jnp.ones_like(x)), start, add, (1,))
+    return top + jnp.log(total)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

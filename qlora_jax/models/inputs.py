@@ -1,0 +1,126 @@
+"""What a product reads, given as what it is computed from.
+
+A norm in front of a projection, or the gate in front of the last one, costs a pass over
+memory each time it is computed. A product that is given the parts may compute it where
+that is cheapest, and its backward needs no copy of it. Whoever wants the array calls
+`whole`. Each of these values has
+
+    whole()                 the array
+    project_transposed(dh)  whole().T @ dh over all rows, float32
+    pull(d)                 the gradients of the parts, given that of the array; a value
+                            of the same type
+    early                   whether `project_transposed` had better be computed before
+                            `pull`, since it has little in common with it
+"""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["x", "scale"], meta_fields=["eps"]
+)
+@dataclasses.dataclass(frozen=True)
+class Normed:
+    """x / sqrt(mean(x²) + eps) · scale, the root-mean-square norm of x.
+
+    Attributes:
+        x: [*b, d].
+        scale: [d].
+        eps: a number.
+    """
+
+    x: Any
+    scale: Any
+    eps: float
+
+    early: ClassVar[bool] = True
+
+    def whole(self) -> jax.Array:
+        """[*b, d] in the type of x, computed in float32."""
+        return _normalised(self.x, self.scale, self.eps)
+
+    def project_transposed(self, dh: jax.Array) -> jax.Array:
+        """The factors move to where they are thin: scale · (xᵀ @ (inverse · dh))."""
+        thin = (dh.astype(jnp.float32) * self._inverse()).astype(dh.dtype)
+        return self.scale.astype(jnp.float32)[:, None] * over_rows(self.x, thin)
+
+    def pull(self, d: jax.Array) -> "Normed":
+        """Dx = inverse · (g - x · inverse² · mean(g · x)), g = d · scale."""
+        inverse = self._inverse()
+        x, d = self.x.astype(jnp.float32), d.astype(jnp.float32)
+        g = d * self.scale.astype(jnp.float32)
+        mean = jnp.mean(g * x, axis=-1, keepdims=True) * inverse**2
+        dx = (g - x * mean) * inverse
+        dscale = jnp.sum(d * (x * inverse), axis=tuple(range(x.ndim - 1)))
+        dx, dscale = dx.astype(self.x.dtype), dscale.astype(self.scale.dtype)
+        return Normed(dx, dscale, self.eps)
+
+    def _inverse(self) -> jax.Array:
+        """Float32 [*b, 1], 1 / sqrt(mean(x²) + eps)."""
+        x = self.x.astype(jnp.float32)
+        return lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normalised(x, scale, eps):
+    inverse = Normed(x, scale, eps)._inverse()
+    return (x.astype(jnp.float32) * inverse).astype(x.dtype) * scale
+
+
+def _normalised_fwd(x, scale, eps):
+    return _normalised(x, scale, eps), Normed(x, scale, eps)
+
+
+def _normalised_bwd(eps, parts, d):
+    del eps
+    of = parts.pull(d)
+    return of.x, of.scale
+
+
+_normalised.defvjp(_normalised_fwd, _normalised_bwd)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """silu(gate) · up, what the last projection of an MLP reads.
+
+    Attributes:
+        gate: [*b, m].
+        up: [*b, m].
+    """
+
+    gate: Any
+    up: Any
+
+    early: ClassVar[bool] = False
+
+    def whole(self) -> jax.Array:
+        """[*b, m]."""
+        return _gated(self.gate, self.up)
+
+    def project_transposed(self, dh: jax.Array) -> jax.Array:
+        """whole()ᵀ @ dh: the array is computed again, in one pass with `pull`."""
+        return over_rows(self.whole(), dh)
+
+    def pull(self, d: jax.Array) -> "Gated":
+        """The gradients of gate and up."""
+        return Gated(*jax.vjp(_gated, self.gate, self.up)[1](d))
+
+
+def _gated(gate, up):
+    return jax.nn.silu(gate) * up
+
+
+def over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """xᵀ @ y, summed over all leading axes, in float32."""
+    rows = tuple(range(x.ndim - 1))
+    return lax.dot_general(
+        x, y, ((rows, rows), ((), ())), preferred_element_type=jnp.float32
+    )
