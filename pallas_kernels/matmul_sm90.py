@@ -131,6 +131,7 @@ def matmul(
     spec: PackedSpec,
     *,
     config: Config | None = None,
+    addend: "tuple[Float[Array, 'm r'], Float[Array, 'n r']] | None" = None,
 ) -> "Float[Array, 'm n']":
     """Multiplies by a quantized weight: y = x @ Wᵀ, W the dequantized [n, k].
 
@@ -142,6 +143,7 @@ def matmul(
         packed: the weight; a stack of weights if `packed.layer` says which one.
         spec: what its arrays mean.
         config: tiles and stages; None chooses by shape.
+        addend: t and u, of which y gets t @ uᵀ added, in the same accumulators.
 
     Returns:
         y in the type of `x`.
@@ -150,7 +152,7 @@ def matmul(
         ValueError: if `x` does not fit the weight.
         NotImplementedError: for a type, format or shape the kernel does not do.
     """
-    return _call("forward", x, packed, spec, config)
+    return _call("forward", x, packed, spec, config, addend)
 
 
 def matmul_dx(
@@ -159,6 +161,7 @@ def matmul_dx(
     spec: PackedSpec,
     *,
     config: Config | None = None,
+    addend: "tuple[Float[Array, 'm r'], Float[Array, 'k r']] | None" = None,
 ) -> "Float[Array, 'm k']":
     """The gradient of `matmul` with respect to x: dx = dy @ W.
 
@@ -167,6 +170,7 @@ def matmul_dx(
         packed: the weight, as in `matmul`.
         spec: what its arrays mean.
         config: tiles and stages; None chooses by shape.
+        addend: t and u, of which dx gets t @ uᵀ added, in the same accumulators.
 
     Returns:
         dx in the type of `dy`.
@@ -175,7 +179,7 @@ def matmul_dx(
         ValueError: if `dy` does not fit the weight.
         NotImplementedError: for a type, format or shape the kernel does not do.
     """
-    return _call("backward", dy, packed, spec, config)
+    return _call("backward", dy, packed, spec, config, addend)
 
 
 def default_config(direction: Pass, m: int, spec: PackedSpec) -> Config:
@@ -235,7 +239,7 @@ def _check(direction: Pass, x: Any, packed: PackedWeight, spec: PackedSpec) -> N
         )
 
 
-def _call(direction, x, packed, spec, config):
+def _call(direction, x, packed, spec, config, addend):
     _check(direction, x, packed, spec)
     config = config or default_config(direction, x.shape[0], spec)
     m, out_features = x.shape[0], spec.n if direction == "forward" else spec.k
@@ -244,6 +248,13 @@ def _call(direction, x, packed, spec, config):
     columns_pad = -x.shape[1] % STEP
     if m % 8 or columns_pad:
         x = jnp.pad(x, ((0, -m % 8), (0, columns_pad)))
+    tail = []
+    if addend is not None:
+        t, u = addend
+        rows_pad, rank_pad = x.shape[0] - m, -t.shape[1] % STEP
+        t = jnp.pad(t, ((0, rows_pad), (0, rank_pad)))
+        u = jnp.pad(u, ((0, 0), (0, rank_pad)))
+        tail = [t, u]
     out_shape = (x.shape[0], out_features + -out_features % STEP)
     row_blocks = spec.k // spec.block_size
     layers = 1 if packed.layer is None else packed.codes.shape[0]
@@ -269,7 +280,11 @@ def _call(direction, x, packed, spec, config):
         counters = [jnp.zeros(8 * workers, jnp.int32)]
     kernel = plgpu.kernel(
         functools.partial(
-            body, forward=direction == "forward", spec=spec, config=config
+            body,
+            forward=direction == "forward",
+            spec=spec,
+            config=config,
+            tail=tail[0].shape[1] // STEP if tail else 0,
         ),
         out_type=out_type,
         scratch_types=scratch(x.dtype, spec, config),
@@ -289,6 +304,7 @@ def _call(direction, x, packed, spec, config):
         jnp.array(pairs),
         x,
         codes,
+        *tail,
         *counters,
         *scales,
     )

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels import matmul_sm90_lanes as lanes
 from pallas_kernels.matmul_sm90_lanes import (
@@ -28,6 +28,7 @@ from pallas_kernels.matmul_sm90_lanes import (
     TABLE_ROW,
 )
 from pallas_kernels.matmul_sm90_loader import Codes, Scales, per_lane, strided
+from pallas_kernels.matmul_sm90_parts import add_rows, arrive, leave_rows, meet, wait
 from pallas_kernels.matmul_sm90_schedule import Schedule
 
 # Features of a block; a warpgroup of consumers has half of them.
@@ -81,15 +82,28 @@ def scratch(dtype, spec, config) -> dict:
     )
 
 
-def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, config, **s):
-    """What a block does; all refs but `s`, the scratch, are in device memory."""
-    shared = ()
+def body(
+    layer_gmem,
+    pairs_gmem,
+    x_gmem,
+    codes_gmem,
+    *refs,
+    forward,
+    spec,
+    config,
+    tail,
+    **s,
+):
+    """What a block does; all refs but `s`, the scratch, are in device memory.
+
+    `tail` is how many steps an addend has, after those of the weight.
+    """
+    if tail:
+        t_gmem, u_gmem, *refs = refs
     if config.divided:
-        counters_gmem, *refs, out_gmem, partial_gmem = refs
-        shared = counters_gmem, partial_gmem
+        counters_gmem, *scales_gmem, out_gmem, parts_gmem = refs
     else:
-        *refs, out_gmem = refs
-    scales_gmem = refs
+        *scales_gmem, out_gmem = refs
     m, contraction = x_gmem.shape
     dtype = jnp.dtype(x_gmem.dtype)
     tile_m = config.tile_m
@@ -122,16 +136,21 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
     def slot(count, stages):
         return lax.rem(count, jnp.int32(stages))
 
+    def first_step(count, index):
+        """A worker's count of steps at a span of one of its segments."""
+        if not tail:
+            return count * SPAN_STEPS
+        return count * SPAN_STEPS + schedule.ends_before(worker, index) * tail
+
     def load():
         plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
         codes = Codes(forward, spec, codes_gmem)
         scales = Scales(forward, spec, dtype.name, scales_gmem)
-        offset = scales.offset(layer)
-        numbers = ()
-        if spec.nested_codebook is not None:
-            numbers = (s["numbers_smem"],)
-            scales.write_numbers(*numbers)
-            plgpu.commit_smem()
+        total = schedule.total(worker)
+        # Spans of x for which there is room at once, if each may be a tile's last.
+        lead = config.stages // SPAN_STEPS
+        if tail:
+            lead = 1 if SPAN_STEPS + tail <= config.stages else 0
 
         def start(index):
             # Beyond the last segment anything will do: it is loaded but never used.
@@ -150,7 +169,8 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
 
         def read(position):
             _, f0, i, *_ = position
-            return codes.load(layer, f0, i), scales.load(layer, f0, i)
+            raw = codes.load(layer, f0, i), scales.load(layer, f0, i)
+            return raw, advance(position)
 
         def put(count, raw):
             at = slot(count, CODE_STAGES)
@@ -159,36 +179,65 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
             scales.put(raw[1], offset, scales_smem.at[at], *numbers)
             plgpu.barrier_arrive(s["codes_full"].at[at])
 
-        def copy_x(step, m0, column):
+        def copy_step(source, step, m0, column):
             at = slot(step, config.stages)
             plgpu.barrier_wait(s["x_empty"].at[at])
             plgpu.copy_gmem_to_smem(
-                x_gmem.at[
+                source.at[
                     pl.ds(pl.multiple_of(m0, tile_m), tile_m),
-                    pl.ds(pl.multiple_of(column, STEP), STEP),
+                    pl.ds(column, STEP),
                 ],
                 x_smem.at[at],
                 s["x_full"].at[at],
                 collective_axes="cluster" if config.cluster > 1 else None,
             )
 
-        def span(count, carry):
-            # Codes and scales a span ahead, since they are decoded a step ahead, and
-            # out of memory another one ahead: they are on their way while this
-            # warpgroup waits for room for x.
-            (m0, i), after, ahead, raw = carry
-            put(count + 1, raw)
-            raw = read(ahead)
+        def copy_x(count, position):
+            m0, _, i, end, index = position
+            step = first_step(count, index)
             for half in range(SPAN_STEPS):
-                copy_x(count * SPAN_STEPS + half, m0, i * SPAN + half * STEP)
-            return after, (ahead[0], ahead[2]), advance(ahead), raw
+                column = pl.multiple_of(i * SPAN + half * STEP, STEP)
+                copy_step(x_gmem, step + half, m0, column)
+            if tail:
 
+                @pl.when((i + 1 == end) & (end == schedule.spans))
+                def _():
+                    for j in range(tail):
+                        copy_step(t_gmem, step + SPAN_STEPS + j, m0, j * STEP)
+
+            return advance(position)
+
+        # All that is needed first is on its way before anything is waited for.
         here = start(jnp.int32(0))
-        put(jnp.int32(0), read(here))
-        after = advance(here)
-        raw = read(after)
-        carry = (here[0], here[2]), (after[0], after[2]), advance(after), raw
-        lax.fori_loop(0, schedule.total(worker), span, carry)
+        offset = scales.offset(layer)
+        table = scales.load_numbers()
+        first, position = read(here)
+        x_position = lax.fori_loop(0, jnp.minimum(lead, total), copy_x, here)
+        numbers = ()
+        if table is not None:
+            numbers = (s["numbers_smem"],)
+            scales.put_numbers(table, *numbers)
+            plgpu.commit_smem()
+        put(jnp.int32(0), first)
+        second, position = read(position)
+        third, position = read(position)
+        put(jnp.int32(1), second)
+
+        def put_next(count, position, raw):
+            # A consumer decodes a step ahead, and what is read now is put a span later:
+            # it is on its way while this warpgroup waits for room for x.
+            put(count + 2, raw)
+            raw, position = read(position)
+            return position, raw
+
+        def span(count, carry):
+            x_position, *rest = carry
+            rest = put_next(count, *rest)
+            return copy_x(count + lead, x_position), *rest
+
+        more = jnp.maximum(total - lead, 0)
+        _, *rest = lax.fori_loop(0, more, span, (x_position, position, third))
+        lax.fori_loop(more, total - 1, lambda i, rest: put_next(i, *rest), tuple(rest))
 
         if config.cluster > 1:
             # A block must not end before its neighbour has released everything.
@@ -226,18 +275,62 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
             at = slot(step + config.stages, config.stages)
             plgpu.barrier_arrive(s["x_empty"].at[at], predicate=predicate)
 
+        chunks = [(i, OUT_ROWS) for i in range(0, tile_m, OUT_ROWS)]
+
+        def write_rows(y, rows, m0, f0):
+            first, count = rows
+            out = out_smem.at[wg, first // count % OUT_SLOTS]
+            plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
+            _store_rows(dtype, y, first, out)
+            plgpu.commit_smem()
+            place = pl.ds(m0 + first, count), pl.ds(f0 + wg * 64, 64)
+            plgpu.copy_smem_to_gmem(out, out_gmem.at[*place])
+
         def write_tile(y, m0, f0):
-            for i in range(tile_m // OUT_ROWS):
-                rows = pl.ds(m0 + i * OUT_ROWS, OUT_ROWS)
-                out = out_smem.at[wg, i % OUT_SLOTS]
-                plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
-                _store_rows(dtype, y, i * OUT_ROWS, out)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out, out_gmem.at[rows, pl.ds(f0 + wg * 64, 64)])
+            for rows in chunks:
+                write_rows(y, rows, m0, f0)
+
+        def exchange(y, seg, m0, f0):
+            """Gives the others of a tile their rows, and adds up and writes its own."""
+            place = seg.tile - schedule.whole
+            first, count = place * schedule.parts, jnp.int32(schedule.parts)
+            mine = worker - first
+            owners = [schedule.owner(i, len(chunks)) for i in range(len(chunks))]
+            for owner, rows in zip(owners, chunks, strict=True):
+                give = functools.partial(leave_rows, y, rows, worker, wg, parts_gmem)
+                pl.when(mine != owner)(give)
+            meet(place, count, wg, counters_gmem)
+            for owner, rows in zip(owners, chunks, strict=True):
+
+                @pl.when(mine == owner)
+                def _(rows=rows):
+                    total = add_rows(y, rows, (first, mine, count), wg, parts_gmem)
+                    write_rows(total, rows, m0, f0)
+
+            # Not every slot had its turn.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        def collect(y, seg, m0, f0):
+            """Leaves a part of a tile, or adds up what others left and writes it."""
+            shares = schedule.shares(worker, seg)
+
+            def give():
+                leave_rows(y, (0, tile_m), worker, wg, parts_gmem)
+                arrive(shares.place, wg, counters_gmem)
+
+            def take():
+                wait(shares.place, shares.others, wg, counters_gmem)
+                workers = worker, jnp.int32(0), shares.others + 1
+                for rows in chunks:
+                    total = add_rows(y, rows, workers, wg, parts_gmem)
+                    write_rows(total, rows, m0, f0)
+
+            lax.cond(shares.leaves, give, take)
 
         def segment(index, w):
             seg = schedule.segment(worker, index)
             m0, f0 = place(seg.tile)
+            start = first_step(seg.start, index)
 
             @functools.partial(pl.run_scoped, acc=plgpu.ACC((64, tile_m), jnp.float32))
             def w_last(acc):
@@ -250,7 +343,7 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
 
                 def span(i, w):
                     count = seg.start + i
-                    step = count * SPAN_STEPS
+                    step = start + i * SPAN_STEPS
                     raw = fetch(count, 1)
                     multiply(w, step)
                     release(step - 1, i > 0)
@@ -262,20 +355,39 @@ def body(layer_gmem, pairs_gmem, x_gmem, codes_gmem, *refs, forward, spec, confi
                     return decode_step(raw)
 
                 w_last = lax.fori_loop(0, seg.length, span, w)
-                plgpu.wgmma_wait(0)
-                release((seg.start + seg.length) * SPAN_STEPS - 1)
+                end = start + seg.length * SPAN_STEPS
+
+                def finish():
+                    plgpu.wgmma_wait(0)
+                    release(end - 1)
+
+                def finish_with_tail():
+                    for j in range(tail):
+                        # On its way while the step before is multiplied.
+                        words = _load_tail(u_gmem, f0, wg, j)
+                        plgpu.wgmma_wait(0)
+                        release(end + j - 1)
+                        multiply(_tail_operand(dtype, words), end + j)
+                    plgpu.wgmma_wait(0)
+                    release(end + tail - 1)
+
+                if tail and schedule.cut:
+                    is_last = seg.first + seg.length == schedule.spans
+                    lax.cond(is_last, finish_with_tail, finish)
+                else:
+                    (finish_with_tail if tail else finish)()
                 y = acc[...]
 
-                if config.divided:
-                    shares = schedule.shares(worker, seg)
-                    y = _collect(y, shares, wg, *shared)
+                if not schedule.cut:
+                    write_tile(y, m0, f0)
+                elif schedule.parts > 1:
                     lax.cond(
-                        shares.leaves,
-                        lambda: _leave(y, shares, worker, wg, *shared),
+                        seg.length < schedule.spans,
+                        lambda: exchange(y, seg, m0, f0),
                         lambda: write_tile(y, m0, f0),
                     )
                 else:
-                    write_tile(y, m0, f0)
+                    collect(y, seg, m0, f0)
                 return w_last
 
             return w_last
@@ -353,6 +465,58 @@ def _decode_step(forward, dtype, decoders, raw, table):
     return run(raw, table)
 
 
+def _load_tail(u_gmem, f0, wg, step):
+    """Starts a consumer's loads of its first operand of a step of the addend."""
+    out = per_lane(STEP // 4)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * 2), return_type=out
+    )
+    def run(_, u, f0, wg):
+        f0, wg = map(lanes.scalar, (f0, wg))
+        lane = lanes.lane_index()
+        features, columns = ir.MemRefType(u.type).shape
+        first, pairs = lanes.tail_source(lane, wg)
+        words = []
+        for row in range(2):
+            # beyond the last row any number will do: the result ends there
+            feature = (f0 + first + row).minimum(features - 1)
+            where = lanes.row_address(u, feature, columns * 2, (lane & 3) * 4)
+            for column in pairs:
+                at = (step * STEP + column) * 2
+                words += lanes.load("global.nc.b32", where, at)
+        return lanes.from_registers(words, out)
+
+    return run(u_gmem, f0, wg)
+
+
+def _tail_operand(dtype, words):
+    """A consumer's first operand of wgmma from what `_load_tail` loaded.
+
+    The assembler makes every product of a kernel wait for the one before if the
+    operands of one are defined while another runs. A product by 1 defines them here.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(strided(words),),
+        return_type=plgpu.ShapeDtypeStruct((64, STEP), dtype, plgpu.Layout.WGMMA),
+    )
+    def run(_, words):
+        ops = lanes.LaneOps(dtype.name)
+        one = lanes.Word(int(np.ones(2, dtype).view(np.uint32)[0]))
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        pair_type = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(dtype))
+        out = np.empty(layout.registers_shape((64, STEP)), dtype=object)
+        by_column = out.reshape(STEP // 8, 2)
+        for i, word in enumerate(lanes.registers(words)):
+            row, column = divmod(i, STEP // 8)
+            pair = ops.multiply_pair(word, one)
+            by_column[column, row] = mgpu_utils.bitcast(pair.value, pair_type)
+        return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
+
+    return run(words)
+
+
 def _store_rows(dtype, y, first, out_smem):
     """Writes 32 columns of yᵀ, from `first` on, as rows of 64 features."""
 
@@ -373,74 +537,3 @@ def _store_rows(dtype, y, first, out_smem):
                 lanes.store("b32", base + row * 128 + place * 16, [pair])
 
     run(y, out_smem)
-
-
-def _leave(y, shares, worker, wg, counters, parts):
-    """Leaves a part of a tile in memory for who collects it, warp for warp."""
-    numbers = worker, shares.place, wg
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            plgpu.Layout.WGMMA,
-            *(plgpu.RefType(),) * 2,
-            (plgpu.Layout.WG_SPLAT,) * len(numbers),
-        )
-    )
-    def run(_, y, counters, parts, numbers):
-        part, place, wg = map(lanes.scalar, numbers)
-        lane = lanes.lane_index()
-        where = lanes.part_address(parts, part, wg, lane)
-        vectors = y.registers.reshape(-1, 2)
-        for i, pair in enumerate(vectors):
-            group = [x for vector in pair for x in lanes.elements(vector)]
-            lanes.store_global("v4.f32", where, i * LANES * 16, group)
-        warp = place * 8 + wg * 4 + (lane >> 5)
-        lanes.arrive(lanes.global_address(counters, warp), lane)
-
-    run(y, counters, parts, numbers)
-
-
-def _collect(y, shares, wg, counters, parts):
-    """Adds to a tile what the others left of it, in their order.
-
-    A warp does this for itself: it has the same rows and features in every block. It
-    leaves its counter as it was, 0.
-    """
-    numbers = shares.first, shares.others, shares.place, wg
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            plgpu.Layout.WGMMA,
-            *(plgpu.RefType(),) * 2,
-            (plgpu.Layout.WG_SPLAT,) * len(numbers),
-        ),
-        return_type=plgpu.ShapeDtypeStruct(y.shape, y.dtype, plgpu.Layout.WGMMA),
-    )
-    def run(_, y, counters, parts, numbers):
-        first, others, place, wg = map(lanes.scalar, numbers)
-        lane = lanes.lane_index()
-        warp = place * 8 + wg * 4 + (lane >> 5)
-        lanes.wait(lanes.global_address(counters, warp), lane, others)
-
-        def add(i, sums):
-            where = lanes.part_address(parts, first + i, wg, lane)
-            return [
-                arith.addf(total, value)
-                for j in range(0, len(sums), 4)
-                for total, value in zip(
-                    sums[j : j + 4],
-                    lanes.load("global.cg.v4.f32", where, j // 4 * LANES * 16),
-                    strict=True,
-                )
-            ]
-
-        own = [x for vector in y.registers.flat for x in lanes.elements(vector)]
-        sums = lanes.loop(others, add, own)
-        out = np.empty(y.registers.size, dtype=object)
-        for i in range(out.size):
-            out[i] = lanes.vector(sums[2 * i : 2 * i + 2])
-        return mgpu.FragmentedArray(
-            _registers=out.reshape(y.registers.shape), _layout=y.layout, _is_signed=None
-        )
-
-    return run(y, counters, parts, numbers)

@@ -163,6 +163,16 @@ def scale_loads(forward: bool, half: int, lane: Integer, wg: Integer) -> list:
     return [(base, 4), (base + 16, 4)]
 
 
+def tail_source(lane: Integer, wg: Integer) -> tuple[Integer, list[int]]:
+    """What a consumer's lane reads of 128 rows of an addend's u, a step of columns.
+
+    Returns:
+        The first of its two rows; where its pairs of a row begin, in numbers, but for
+        2 q of its lane 4 g + q.
+    """
+    return wg * 64 + feature(lane), list(range(0, STEP, 8))
+
+
 def decode_step(ops, forward: bool, decoders, words, scales):
     """Yields row, column of eight and pair of numbers of a lane's first operand.
 
@@ -408,6 +418,32 @@ def wait(counter, lane: Word, count: Word) -> None:
         @reset st.relaxed.gpu.global.b32 [$0], 0;
     }"""
     _asm(text, "l,r,r", counter, lane & 31, count)
+
+
+def meet(counter, lane: Word, count: Word) -> None:
+    """Waits until so many came. Who leaves last takes all off the counter."""
+    text = """{
+        .reg .pred more, last; .reg .b32 now, all;
+        AGAIN:
+        ld.acquire.gpu.global.b32 now, [$0];
+        setp.lt.u32 more, now, $2;
+        @more bra AGAIN;
+        bar.warp.sync 0xffffffff;
+        setp.eq.u32 last, $1, 0;
+        @last atom.relaxed.gpu.global.add.u32 now, [$0], 1;
+        add.u32 all, $2, $2;
+        sub.u32 all, all, 1;
+        setp.eq.and.u32 last, now, all, last;
+        @last st.relaxed.gpu.global.b32 [$0], 0;
+    }"""
+    _asm(text, "l,r,r", counter, lane & 31, count)
+
+
+def at_least(a: Word, b: Word) -> Word:
+    """1 where a >= b, else 0."""
+    return Word(
+        arith.extui(_i32(), arith.cmpi(arith.CmpIPredicate.uge, a.value, b.value))
+    )
 
 
 def vector(values):

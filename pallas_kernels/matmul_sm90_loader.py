@@ -159,19 +159,28 @@ class Scales:
             places.append((layer * spec.num_blocks + index, layer * num_outer + outer))
         return places
 
-    def write_numbers(self, numbers_smem):
-        """Copies the numbers that double-quantized scales stand for."""
+    def load_numbers(self):
+        """Starts the loads of the numbers that double-quantized scales stand for."""
+        if not self.nested:
+            return None
+        out = per_lane(256 // LANES)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-        def run(_, source, target):
-            for i in (0, LANES):
-                index = lanes.lane_index() + i
-                (number,) = lanes.load(
-                    "global.nc.b32", lanes.global_address(source, index)
-                )
-                lanes.store("b32", lanes.address(target) + index * 4, [number])
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=out)
+        def run(_, source):
+            where = lanes.global_address(source, lanes.lane_index() * 2)
+            return lanes.from_registers(lanes.load("global.nc.v2.b32", where), out)
 
-        run(self.gmem[3], numbers_smem)
+        return run(self.gmem[3])
+
+    def put_numbers(self, numbers, numbers_smem):
+        """Stores what `load_numbers` started to shared memory."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), strided(numbers)))
+        def run(_, target, numbers):
+            where = lanes.address(target) + lanes.lane_index() * 8
+            lanes.store("v2.b32", where, lanes.registers(numbers))
+
+        run(numbers_smem, numbers)
 
     def put(self, raw, offset, scales_smem, *numbers_smem):
         """Finishes what `load` started and stores it for the consumers."""

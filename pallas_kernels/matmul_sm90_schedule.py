@@ -1,10 +1,15 @@
 """Which block of the Hopper kernels computes what, and when.
 
 A block, or worker, goes through spans of the contraction, counted from 0. Whole tiles
-are dealt out in rounds. If they are divided, the tiles that do not fill the last round
-are laid end to end and cut into pieces of equal length, a piece a worker, which it
-starts with: no multiprocessor is idle, but a tile may be the sum of what several
-workers accumulate. A piece is shorter than a tile, so it lies in two tiles at most.
+are dealt out in rounds. If they are divided, those that do not fill the last round are
+cut into pieces, a piece a worker, which it starts with: fewer multiprocessors are idle,
+but a tile is the sum of what several workers accumulate.
+
+    alike       with two workers or more for each tile, all are cut alike. The pieces
+                of a tile end at the same time, and each adds up some of its rows.
+    end to end  with fewer, the tiles are laid end to end and cut into pieces of equal
+                length. A piece is shorter than a tile, so it lies in two at most, and
+                who has the first piece of a tile adds up the others.
 
 The arithmetic is on integers of Python or, in a kernel, of jax.
 """
@@ -54,7 +59,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """What a worker does with what it accumulated of a tile that may be cut.
+    """What a worker does with its piece of tiles that lie end to end.
 
     Attributes:
         leaves: whether it leaves it to another worker.
@@ -96,9 +101,23 @@ class Schedule:
         return self.tiles - self.cut
 
     @property
+    def parts(self) -> int:
+        """Pieces of each tile that is cut, where it has two workers or more."""
+        if not self.cut:
+            return 1
+        most = max(1, self.spans // _LEAST_SPANS)
+        return min(self.workers // self.cut, most)
+
+    @property
     def pieces(self) -> int:
         """How many workers have a piece; the first ones."""
+        if self.parts > 1:
+            return self.cut * self.parts
         return min(self.workers, max(self.cut, self.cut * self.spans // _LEAST_SPANS))
+
+    def owner(self, chunk: int, chunks: int) -> int:
+        """Which of the parts of a tile adds up a chunk of its rows."""
+        return chunk * min(self.parts, chunks) // chunks
 
     def piece(self, worker: Number) -> Number:
         """The first span, of the tiles that are cut, of a worker's piece."""
@@ -148,6 +167,15 @@ class Schedule:
         tile, span = self.locate(worker, start)
         length = _where(in_piece, end - start, self.spans)
         return Segment(tile, span, start, length, index)
+
+    def ends_before(self, worker: Number, index: Number) -> Number:
+        """How many segments before a worker's `index` have the last span of a tile."""
+        if not self.cut:
+            return index
+        pieces, end = self._pieces(worker), self.piece(worker + 1)
+        # All but the last one of a piece that ends inside a tile.
+        inside = (pieces > 0) & (end != _divide(end, self.spans) * self.spans)
+        return index - _where((index >= pieces) & inside, 1, 0)
 
     def sharers(self, tile: Number) -> tuple[Number, Number, Number]:
         """Who accumulates a tile that is cut: first worker, its segment, how many.

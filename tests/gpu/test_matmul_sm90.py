@@ -47,9 +47,10 @@ def operands(direction, m, n, k, dtype="bfloat16", format="nf4", **options):
     return x, w, np.asarray(x, np.float64) @ exact
 
 
-def run(direction, x, w, config=None):
+def run(direction, x, w, config=None, addend=None):
     f = PASSES[direction]
-    return jax.jit(lambda x, p: f(x, p, w.spec, config=config))(x, w.packed)
+    call = jax.jit(lambda x, p, a: f(x, p, w.spec, config=config, addend=a))
+    return call(x, w.packed, addend)
 
 
 def relative_error(y, expected):
@@ -92,6 +93,67 @@ def test_shapes(m, n, k, options, direction):
     y = run(direction, x, w)
     assert y.shape == expected.shape and y.dtype == x.dtype
     assert relative_error(y, expected) < MATMUL_RELATIVE[y.dtype.name]
+
+
+# Tiles of 256 rows by 128 features, on 132 multiprocessors.
+DIVIDED = {
+    "two pieces each": (512, 4096),
+    "four pieces each": (256, 4096),
+    "end to end": (512, 5120),
+    "four pieces each, after a round": (1024, 5120),
+}
+
+
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("m, width", DIVIDED.values(), ids=DIVIDED)
+def test_divided_tiles(m, width, direction):
+    x, w, expected = operands(direction, m, width, width)
+    config = Config(divided=True)
+    y = run(direction, x, w, config)
+    assert relative_error(y, expected) < MATMUL_RELATIVE["bfloat16"]
+    np.testing.assert_array_equal(y, run(direction, x, w, config))
+
+
+def addend(x, features, rank):
+    t, u = (
+        jax.random.normal(jax.random.key(rows), (rows, rank)).astype(x.dtype)
+        for rows in (x.shape[0], features)
+    )
+    return (t, u), np.asarray(t, np.float64) @ np.asarray(u, np.float64).T
+
+
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize(
+    "m, rank, config",
+    [
+        (1000, 64, Config()),
+        (1000, 16, Config()),
+        (1000, 128, Config(cluster=2)),
+        (1000, 256, Config()),
+        (1000, 64, Config(tile_m=64, stages=8)),
+        (1000, 64, Config(divided=True)),  # 40 tiles: two pieces each
+        (512, 128, Config(tile_m=64, stages=8, divided=True)),  # 80: end to end
+        (1408, 64, Config(tile_m=64, stages=8, divided=True)),  # 88 after a round
+    ],
+    ids=str,
+)
+def test_an_addend(m, rank, config, direction):
+    x, w, expected = operands(direction, m, 1280, 1280)
+    pair, added = addend(x, 1280, rank)
+    y = run(direction, x, w, config, pair)
+    assert relative_error(y, expected + added) < MATMUL_RELATIVE["bfloat16"]
+    np.testing.assert_array_equal(y, run(direction, x, w, config, pair))
+
+
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("rank", [64, 256])
+@pytest.mark.parametrize("k", [64, 128, 320])
+def test_an_addend_of_a_short_contraction(k, rank, direction):
+    shape = (256, k) if direction == "forward" else (k, 256)
+    x, w, expected = operands(direction, 300, *shape)
+    pair, added = addend(x, 256, rank)
+    y = run(direction, x, w, Config(), pair)
+    assert relative_error(y, expected + added) < MATMUL_RELATIVE["bfloat16"]
 
 
 @pytest.mark.parametrize("direction", PASSES)

@@ -137,6 +137,21 @@ def test_lanes_hold_the_first_operand(direction, permuted, wg, half):
     np.testing.assert_array_equal(got, expected.astype(np.float32))
 
 
+@pytest.mark.parametrize("wg", [0, 1])
+def test_lanes_read_the_first_operand_of_an_addend(wg):
+    u = np.arange(128 * 64).reshape(128, 64)
+    first, pairs = lanes.tail_source(LANE, np.full(128, wg, np.uint32))
+    got = np.full((64, 64), -1)
+    for row in range(2):
+        for column, pair in enumerate(pairs):
+            features = lanes.feature(LANE) + row  # of the consumer, as decoded ones
+            columns = 8 * column + 2 * (LANE & 3)
+            for e in range(2):
+                read = u[first + row, pair + 2 * (LANE & 3) + e]
+                got[features, columns + e] = read
+    np.testing.assert_array_equal(got, u[64 * wg : 64 * wg + 64])
+
+
 def test_features_of_lanes_are_a_permutation_with_neighbours():
     quad_leaders = LANE[::4]
     first = lanes.feature(quad_leaders)
@@ -162,13 +177,20 @@ def arrays(n, k, *, nested=True, layers=None, block_size=64):
     return packed, spec
 
 
-def lower(direction, m, packed, spec, dtype=jnp.bfloat16, config=None):
-    width = spec.k if direction == "forward" else spec.n
-    f = jax.jit(lambda x, p: PASSES[direction](x, p, spec, config=config))
-    traced = f.trace(jax.ShapeDtypeStruct((m, width), dtype), packed)
+def lower(direction, m, packed, spec, dtype=jnp.bfloat16, config=None, rank=None):
+    width, out = spec.k, spec.n
+    if direction == "backward":
+        width, out = out, width
+    addend = None
+    if rank is not None:
+        addend = tuple(jax.ShapeDtypeStruct((rows, rank), dtype) for rows in (m, out))
+    f = jax.jit(
+        lambda x, p, addend: PASSES[direction](x, p, spec, config=config, addend=addend)
+    )
+    traced = f.trace(jax.ShapeDtypeStruct((m, width), dtype), packed, addend)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert f"packed_matmul_{direction}" in text
-    out = spec.n if direction == "forward" else spec.k
+    assert "dot_general" not in text
     assert traced.out_info.shape == (m, out)
     assert traced.out_info.dtype == dtype
 
@@ -177,6 +199,20 @@ def lower(direction, m, packed, spec, dtype=jnp.bfloat16, config=None):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_configuration_lowers(config, direction):
     lower(direction, 1024, *arrays(4096, 1024), config=config)
+
+
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize(
+    "m, rank, config",
+    [
+        (1024, 64, matmul_sm90.Config(cluster=2)),
+        (1000, 16, matmul_sm90.Config(tile_m=64, stages=8)),
+        (256, 128, matmul_sm90.Config(divided=True)),  # tiles cut alike
+        (600, 64, matmul_sm90.Config(divided=True)),  # end to end
+    ],
+)
+def test_an_addend_lowers(m, rank, config, direction):
+    lower(direction, m, *arrays(4096, 4096), config=config, rank=rank)
 
 
 @pytest.mark.parametrize("direction", PASSES)
@@ -237,7 +273,8 @@ def test_eight_bit_formats_are_refused():
 @pytest.mark.parametrize(
     "direction, m, options",
     [
-        ("forward", 8192, {"cluster": 2}),
+        ("forward", 8192, {"divided": True}),
+        ("forward", 2048, {"cluster": 2}),
         ("forward", 512, {}),
         ("forward", 64, {"tile_m": 64, "stages": 8}),
         ("backward", 8192, {}),
