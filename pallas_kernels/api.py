@@ -19,21 +19,28 @@ def quantized_matmul(
     packed: PackedWeight,
     spec: PackedSpec,
     *,
+    addend: "tuple[Float[Array, '*batch r'], Float[Array, 'n r']] | None" = None,
     implementation: Implementation | None = None,
 ) -> "Float[Array, '*batch n']":
     """Multiplies by a quantized weight without keeping it dequantized.
 
         y[..., n] = sum_k x[..., k] * W[n, k],    W = dequantize(packed, spec)
 
+    and, with an `addend` of t and u, what a low-rank adapter adds,
+
+        y[..., n] += sum_r t[..., r] * u[n, r]
+
     accumulated in float32. Relative error against a float64 product with the same
     dequantized weight: at most 5e-3 for bfloat16 x. The gradient with respect to x is
     `quantized_matmul_dx`; what is saved for it is `packed` alone. The weight is frozen
-    and gets no gradient.
+    and gets no gradient; t and u do, and are saved for each other's.
 
     Args:
         x: `[..., k]`, bfloat16, float16 or float32.
         packed: the weight.
         spec: what its arrays mean.
+        addend: t and u, in x's type, or None. The Hopper kernel takes them as further
+            columns of x and W; elsewhere theirs is a product of its own.
         implementation: None chooses by device and shape. "xla" is the plain form, right
             on every backend and under every sharding; "sm90" the Hopper kernel; "sm80"
             the Ampere one; "matvec" the one for few rows of x, "skinny" the one
@@ -49,8 +56,9 @@ def quantized_matmul(
     """
     _check_activation("x", x, spec.k, "k")
     _check_packed(packed, spec)
+    _check_addend(addend, "x", x, spec.n, "n")
     _check_implementation(implementation)
-    return _matmul(x, packed, spec, implementation)
+    return _matmul(x, packed, addend, spec, implementation)
 
 
 def quantized_matmul_dx(
@@ -58,16 +66,19 @@ def quantized_matmul_dx(
     packed: PackedWeight,
     spec: PackedSpec,
     *,
+    addend: "tuple[Float[Array, '*batch r'], Float[Array, 'k r']] | None" = None,
     implementation: Implementation | None = None,
 ) -> "Float[Array, '*batch k']":
     """The gradient of `quantized_matmul` with respect to x.
 
-        dx[..., k] = sum_n dy[..., n] * W[n, k]
+        dx[..., k] = sum_n dy[..., n] * W[n, k]  (+ sum_r t[..., r] * u[k, r])
 
     Args:
         dy: `[..., n]`, bfloat16, float16 or float32.
         packed: the weight.
         spec: what its arrays mean.
+        addend: t and u, as in `quantized_matmul`: for an adapter x @ a @ b the gradient
+            of x @ a, and a.
         implementation: as in `quantized_matmul`.
 
     Returns:
@@ -79,8 +90,9 @@ def quantized_matmul_dx(
     """
     _check_activation("dy", dy, spec.n, "n")
     _check_packed(packed, spec)
+    _check_addend(addend, "dy", dy, spec.k, "k")
     _check_implementation(implementation)
-    return _dispatch("matmul_dx", dy, packed, spec, implementation)
+    return _dispatch("matmul_dx", dy, packed, addend, spec, implementation)
 
 
 def dequantize(
@@ -120,34 +132,48 @@ def quantize(w: "Float[Array, 'n k']", spec: PackedSpec) -> PackedWeight:
     return reference.quantize(w, spec)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _matmul(x, packed, spec, implementation):
-    return _dispatch("matmul", x, packed, spec, implementation)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _matmul(x, packed, addend, spec, implementation):
+    return _dispatch("matmul", x, packed, addend, spec, implementation)
 
 
-def _matmul_fwd(x, packed, spec, implementation):
-    return _matmul(x, packed, spec, implementation), packed
+def _matmul_fwd(x, packed, addend, spec, implementation):
+    return _matmul(x, packed, addend, spec, implementation), (packed, addend)
 
 
-def _matmul_bwd(spec, implementation, packed, dy):
+def _matmul_bwd(spec, implementation, saved, dy):
+    packed, addend = saved
     # Kernels for few rows have no backward of their own; one was named for the forward.
     named = None if implementation in ("matvec", "skinny") else implementation
-    return _dispatch("matmul_dx", dy, packed, spec, named), None
+    dx = _dispatch("matmul_dx", dy, packed, None, spec, named)
+    if addend is None:
+        return dx, None, None
+    t, u = addend
+    by_row, t_by_row = (array.reshape(-1, array.shape[-1]) for array in (dy, t))
+    du = reference.dot(by_row.T, t_by_row.T, contract=1)
+    return dx, None, (reference.dot(dy, u, contract=0), du)
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def _dispatch(op, x, packed, spec, implementation):
+def _dispatch(op, x, packed, addend, spec, implementation):
     """Runs the named implementation, or the first of the tuned order that can."""
     rows = x.reshape(-1, x.shape[-1])
-    if implementation is not None:
-        out = run(implementation, op, rows, packed, spec)
-        return out.reshape(*x.shape[:-1], out.shape[-1])
-    for name in tuning.preference(op, rows.shape[0], x.dtype, packed, spec):
+    rank = 0
+    if addend is not None:
+        t, u = addend
+        rank = u.shape[1]
+        addend = t.reshape(-1, rank), u
+    names = (implementation,) if implementation else None
+    for name in names or tuning.preference(
+        op, rows.shape[0], x.dtype, packed, spec, rank
+    ):
         try:
-            out = run(name, op, rows, packed, spec)
+            out = run(name, op, rows, packed, spec, addend)
         except NotImplementedError:
+            if names:
+                raise
             continue
         return out.reshape(*x.shape[:-1], out.shape[-1])
     raise AssertionError("the plain form can do every op")
@@ -162,6 +188,23 @@ def _check_activation(name: str, x: jax.Array, size: int, letter: str) -> None:
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(
             f"{name} must be float32, bfloat16 or float16, got {x.dtype}: cast it."
+        )
+
+
+def _check_addend(addend, name: str, x: jax.Array, size: int, letter: str) -> None:
+    if addend is None:
+        return
+    t, u = addend
+    if u.ndim != 2 or u.shape[0] != size or t.shape != (*x.shape[:-1], u.shape[1]):
+        raise ValueError(
+            f"addend of {t.shape=} and {u.shape=} must be [..., r] with the rows of "
+            f"{name}, of shape {x.shape}, and [{letter}, r] with {letter}={size} of "
+            "the weight."
+        )
+    if t.dtype != x.dtype or u.dtype != x.dtype:
+        raise ValueError(
+            f"addend of {t.dtype=} and {u.dtype=} must be {x.dtype} as {name} is: "
+            "cast it."
         )
 
 

@@ -27,9 +27,16 @@ _MODULES = {
 
 
 def run(
-    name: Implementation, op: Op, x: jax.Array, packed: PackedWeight, spec: PackedSpec
+    name: Implementation,
+    op: Op,
+    x: jax.Array,
+    packed: PackedWeight,
+    spec: PackedSpec,
+    addend: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Runs one implementation of `op` on x `[m, k]` (dx: `[m, n]`).
+
+    An addend of t `[m, r]` and u `[n, r]` (dx: `[k, r]`) adds t @ uᵀ.
 
     The plain form is partitioned by the compiler. A kernel cannot be, so where there
     are several devices it runs on each shard; see `sharded_product`.
@@ -37,6 +44,12 @@ def run(
     Raises:
         NotImplementedError: if the implementation cannot do this.
     """
+    if addend is not None:
+        if name == "sm90" and jax.device_count() == 1:
+            return run_kernel(name, op, x, packed, spec, addend=addend)
+        t, u = addend
+        added = reference.dot(t, u, contract=1)
+        return run(name, op, x, packed, spec) + added
     if name == "xla":
         return getattr(reference, op)(x, packed, spec)
     if jax.device_count() == 1:
@@ -52,13 +65,13 @@ def run(
     return sharded_product(x, packed.codes, absmax, name, op, single)
 
 
-def run_kernel(name, op, x, packed, spec) -> jax.Array:
+def run_kernel(name, op, x, packed, spec, **options) -> jax.Array:
     """Runs a kernel on the arrays as they are, on one device."""
     module = importlib.import_module(_MODULES[name])
     if not hasattr(module, op):
         raise NotImplementedError(f"{name!r} has no {op}; leave `implementation` out.")
     with jax.named_scope(f"{op}_{name}"):
-        return getattr(module, op)(x, packed, spec)
+        return getattr(module, op)(x, packed, spec, **options)
 
 
 @functools.partial(custom_partitioning, static_argnums=(3, 4, 5))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.implementations import Implementation, Op
+from pallas_kernels.matmul_sm90_schedule import Schedule
 from pallas_kernels.packed import PackedSpec, PackedWeight
 
 
@@ -45,12 +46,14 @@ _FEW_ROWS, _TENS_OF_ROWS = 16, 128
 TILE_FEATURES, STEP = 128, 64
 # Microseconds of a step, by rows of a tile.
 _STEP = {256: 0.81, 192: 0.68, 128: 0.66, 64: 0.54}
-# Where tiles are divided: steps take longer, since blocks no longer read the same x at
-# the same time, and the parts have to be added up.
-_DIVIDED_STEP, _DIVIDED = 1.12, 18.0
+# Microseconds of adding up the parts of tiles that are cut alike; and of tiles that lie
+# end to end, where steps take longer too, since blocks read different columns of x.
+_ALIKE, _END_TO_END, _END_TO_END_STEP = 9.0, 16.0, 1.08
 # Microseconds of decoding 10**6 weights to memory and of reading them again, and
 # operations of the product in one.
 _DECODE, _READ, _PRODUCT = 0.8, 0.5, 690e6
+# Bytes a microsecond of a pass over results that adds a thin product to them.
+_ADDING = 2.9e6
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -72,7 +75,7 @@ def best_tiling(op: Op, m: int, spec: PackedSpec) -> Tiling:
     """The fastest of the Hopper kernel's ways to cut a product of `m` rows.
 
     Tiles are computed in rounds, one on each multiprocessor, and a round takes as long
-    as the contraction is. If tiles are divided, no multiprocessor is idle in the last.
+    as the contraction is. If tiles are divided, the last round is shorter.
     """
     forward = op == "matmul"
     features, contraction = (spec.n, spec.k) if forward else (spec.k, spec.n)
@@ -83,8 +86,13 @@ def best_tiling(op: Op, m: int, spec: PackedSpec) -> Tiling:
         for tile_m, step in _STEP.items():
             tiles = -(-features // TILE_FEATURES) * -(-m // tile_m)
             yield Tiling(-(-tiles // workers) * steps * step, False, tile_m)
-            divided = tiles / workers * steps * step * _DIVIDED_STEP + _DIVIDED
-            yield Tiling(divided, True, tile_m)
+            cut = Schedule(tiles, -(-steps // 2), workers, divided=True)
+            if cut.parts > 1:
+                rounds = cut.whole // workers + 1 / cut.parts
+                yield Tiling(rounds * steps * step + _ALIKE, True, tile_m)
+            elif cut.cut:
+                taken = tiles / workers * steps * step * _END_TO_END_STEP
+                yield Tiling(taken + _END_TO_END, True, tile_m)
 
     return min(tilings())
 
@@ -97,7 +105,12 @@ def two_pass_microseconds(m: int, spec: PackedSpec) -> float:
 
 
 def preference(
-    op: Op, m: int, dtype, packed: PackedWeight, spec: PackedSpec
+    op: Op,
+    m: int,
+    dtype,
+    packed: PackedWeight,
+    spec: PackedSpec,
+    rank: int = 0,
 ) -> tuple[Implementation, ...]:
     """Returns implementations of `op` in the order to try; the last can always.
 
@@ -107,6 +120,7 @@ def preference(
         dtype: of the activation.
         packed: the weight.
         spec: what its arrays mean.
+        rank: columns of an addend, 0 without one.
     """
     del packed
     if not has_hopper() or spec.bits != 4 or dtype == jnp.float32:
@@ -115,6 +129,13 @@ def preference(
         return ("matvec", "sm90", "xla")
     if op == "matmul" and m <= _TENS_OF_ROWS:
         return ("skinny", "matvec", "sm90", "xla")
-    if two_pass_microseconds(m, spec) < best_tiling(op, m, spec).microseconds:
+    fused = best_tiling(op, m, spec).microseconds
+    two_pass = two_pass_microseconds(m, spec)
+    if rank:
+        # further steps for the one, another pass over the results for the other
+        features, contraction = (spec.n, spec.k) if op == "matmul" else (spec.k, spec.n)
+        fused *= 1 + -(-rank // STEP) * STEP / contraction
+        two_pass += 2 * 2 * m * features / _ADDING
+    if two_pass < fused:
         return ("two_pass", "sm90", "xla")
     return ("sm90", "two_pass", "xla")

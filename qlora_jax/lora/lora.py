@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,7 +13,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.lora.forms import KernelForm
-from qlora_jax.lora.low_rank import Product, low_rank, low_rank_together
+from qlora_jax.lora.low_rank import (
+    Product,
+    low_rank,
+    low_rank_onto,
+    low_rank_together,
+)
 from qlora_jax.lora.product import adapted_products
 from qlora_jax.quant import QuantizedTensor
 
@@ -216,20 +221,17 @@ class LoraTensor:
         if self.merged is not None:
             return product(x, unwrapped(self.merged))
         w, a, b = unwrapped(self.w), unwrapped(self.a), unwrapped(self.b)
-        y = product(x, w)
         key = self.key if self.dropout else None
-        adapter = functools.partial(
-            low_rank,
-            scale=self.scale,
-            rate=self.dropout,
-            project=operator.matmul if project is None else project,
-            expand=expand,
-        )
-        # Of the adapter the backward pass keeps its leaves, x and the products: not the
-        # mask, the dropped x, the masters rounded or the rows' copies of them. q, k and
-        # v then share the one x that they were given.
-        adapter = jax.checkpoint(adapter, policy=jax.checkpoint_policies.dots_saveable)
-        y = y + adapter(x, a, b, key, self.ids).astype(y.dtype)
+        options = dict(scale=self.scale, rate=self.dropout)
+        own = project is None and product is operator.matmul and expand is product
+        if own and self.ids is None and isinstance(w, QuantizedTensor):
+            y = _saving_products(low_rank_onto, **options)(x, w, a, b, key)
+        else:
+            project = operator.matmul if project is None else project
+            products = dict(project=project, expand=expand)
+            adapter = _saving_products(low_rank, **products, **options)
+            y = product(x, w)
+            y = y + adapter(x, a, b, key, self.ids).astype(y.dtype)
         if self.magnitude is not None:
             y = y * self._column_ratio(w, a, b * self.scale, x.dtype).astype(y.dtype)
         return y
@@ -331,13 +333,20 @@ def _together(x: Leaf, weights: "Sequence[LoraTensor]") -> list[Leaf]:
     for w in weights:
         w._check(x, projected=False)
     ys = [x @ unwrapped(w.w) for w in weights]
-    adapters = jax.checkpoint(
-        functools.partial(low_rank_together, scales=[w.scale for w in weights]),
-        policy=jax.checkpoint_policies.dots_saveable,
-    )
+    adapters = _saving_products(low_rank_together, scales=[w.scale for w in weights])
     a, b = ([unwrapped(getattr(w, name)) for w in weights] for name in "ab")
     added = adapters(x, a, b)
     return [y + z.astype(y.dtype) for y, z in zip(ys, added, strict=True)]
+
+
+def _saving_products(function: Callable, **options: Any) -> Callable:
+    """A function of an adapter of which the backward pass keeps leaves and products.
+
+    Not the mask, the dropped x, the masters rounded or the rows' copies of them. q, k
+    and v then share the one x that they were given.
+    """
+    function = functools.partial(function, **options)
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_saveable)
 
 
 def scale_of(rank: int, alpha: float, rslora: bool) -> float:

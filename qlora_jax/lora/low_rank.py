@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from qlora_jax.quant import quantized_matmul
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32, Key
 
@@ -40,12 +42,7 @@ def low_rank(
 ) -> Leaf:
     """dropout(x) @ a @ b * scale in the dtype of x, a and b by row if there are ids."""
     x, a, b = gradients_together(x, a, b)
-    dropped = x
-    if key is not None:
-        dropped, probability = dropout(x, key, rate=rate)
-        scale = scale / probability
-    # The scale goes onto b in float32: one rounding, and no pass over the rows.
-    a, b = a.astype(x.dtype), (b * scale).astype(x.dtype)
+    dropped, a, b = _prepared(x, a, b, key, scale, rate)
     if ids is None:
         # Thin, and what a policy of rematerialisation had better keep.
         return expand(checkpoint_name(project(dropped, a), "low_rank"), b)
@@ -53,6 +50,25 @@ def low_rank(
         a, b = one_of(a, b, ids)
         return expand(project(dropped, a), b)
     return _by_row(dropped, a, b, ids, project, expand)
+
+
+def low_rank_onto(
+    x: Leaf, w: Leaf, a: Leaf, b: Leaf, key: Leaf, *, scale: float, rate: float
+) -> Leaf:
+    """Returns x @ w + dropout(x) @ a @ b * scale, w quantized, as one product."""
+    for_adapter, a, b = gradients_together(x, a, b)
+    dropped, a, b = _prepared(for_adapter, a, b, key, scale, rate)
+    h = checkpoint_name(dropped @ a, "low_rank")
+    return quantized_matmul(x, w, addend=(h, b.T))
+
+
+def _prepared(x, a, b, key, scale, rate):
+    """Dropout(x), and a and b in its dtype, b with the scale."""
+    if key is not None:
+        x, probability = dropout(x, key, rate=rate)
+        scale = scale / probability
+    # The scale goes onto b in float32: one rounding, and no pass over the rows.
+    return x, a.astype(x.dtype), (b * scale).astype(x.dtype)
 
 
 def low_rank_together(

@@ -197,9 +197,13 @@ def quantized_matmul(
     x: "Float[Array, '*batch in']",
     w: QuantizedTensor,
     *,
+    addend: "tuple[Float[Array, '*batch r'], Float[Array, 'out r']] | None" = None,
     implementation: pallas_kernels.Implementation | None = None,
 ) -> "Float[Array, '*batch out']":
     """Returns `x @ dequantize(w)`, accumulated in float32; what `x @ w` calls.
+
+    With an `addend` of t and u it returns `x @ dequantize(w) + t @ u.T`, on Hopper GPUs
+    in one pass.
 
     The gradient with respect to x is computed from the same codes; the dequantized
     weight is kept neither in between nor for the gradient. Relative error against a
@@ -208,6 +212,7 @@ def quantized_matmul(
     Args:
         x: `[..., in]`, bfloat16, float16 or float32.
         w: a quantized weight without stack axes.
+        addend: t and u, in x's type, or None.
         implementation: None chooses by device, shape and measurements; a name forces
             one, see `pallas_kernels.Implementation`.
 
@@ -219,7 +224,7 @@ def quantized_matmul(
         NotImplementedError: if the implementation that was named cannot do this.
     """
     return pallas_kernels.quantized_matmul(
-        x, w.packed, w.spec, implementation=implementation
+        x, w.packed, w.spec, addend=addend, implementation=implementation
     )
 
 

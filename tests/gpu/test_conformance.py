@@ -33,7 +33,11 @@ def product(op, spec, implementation):
     from pallas_kernels import quantized_matmul, quantized_matmul_dx
 
     f = {"matmul": quantized_matmul, "matmul_dx": quantized_matmul_dx}[op]
-    return jax.jit(lambda x, p: f(x, p, spec, implementation=implementation))
+    return jax.jit(
+        lambda x, p, addend=None: f(
+            x, p, spec, addend=addend, implementation=implementation
+        )
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -75,6 +79,28 @@ def test_product(implementation, op, format, dtype):
         assert ran, f"{implementation} refused every shape: {reason}"
     elif not ran:
         pytest.skip(f"{implementation}: {reason}")
+
+
+@pytest.mark.parametrize("op", ["matmul", "matmul_dx"])
+@pytest.mark.parametrize("implementation", [None, "xla", "two_pass", "sm90"])
+def test_an_addend(implementation, op):
+    if implementation == "sm90" and not tuning.has_hopper():
+        pytest.skip("needs compute capability 9.0")
+    for m, k, n in SHAPES[:4]:
+        w = quantize(jax.random.normal(jax.random.key(n), (k, n)) * 0.02)
+        width, features = (k, n) if op == "matmul" else (n, k)
+        x, t, u = (
+            jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+            for i, shape in enumerate(((m, width), (m, 16), (features, 16)))
+        )
+        exact = np.asarray(dequantize(w, jnp.float32), np.float64)
+        exact = exact if op == "matmul" else exact.T
+        expected = np.asarray(x, np.float64) @ exact
+        expected += np.asarray(t, np.float64) @ np.asarray(u, np.float64).T
+        y = product(op, w.spec, implementation)(x, w.packed, (t, u))
+        error = np.linalg.norm(np.asarray(y, np.float64) - expected)
+        error /= np.linalg.norm(expected)
+        assert error < MATMUL_RELATIVE["bfloat16"], f"{m=} {k=} {n=}"
 
 
 @pytest.mark.parametrize("m", [1, 16, 512])

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import tuning
 from qlora_jax.lora import LoraTensor
 from qlora_jax.lora.initial import with_magnitude
 from qlora_jax.lora.lora import kaiming_uniform
@@ -290,3 +291,22 @@ def test_sharded_weights_and_rows():
     got = matmul(place(x, "data"), sharded)
     assert got.sharding.spec == P("data", None, "model")
     assert relative(got, matmul(x, lt)) < 2e-6
+
+
+def test_on_hopper_the_adapter_is_part_of_the_kernel(monkeypatch):
+    monkeypatch.setattr(tuning, "compute_capability", lambda: 9.0)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    shape = jax.ShapeDtypeStruct
+    w = jax.eval_shape(lambda: quantize(jnp.zeros((4096, 14336))))
+    leaves = shape((4096, 64), jnp.float32), shape((64, 14336), jnp.float32)
+
+    def loss(x, a, b, w):
+        return jnp.sum((x @ LoraTensor(w, a, b)).astype(jnp.float32) ** 2)
+
+    f = jax.jit(jax.grad(loss, (0, 1, 2)))
+    traced = f.trace(shape((1024, 4096), jnp.bfloat16), *leaves, w)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # One kernel forward and one backward; x @ a, and the gradients of x @ a, a, b and
+    # of x through a: nothing is computed twice.
+    assert text.count("@mosaic_gpu") == 2
+    assert text.count("stablehlo.dot_general") == 5

@@ -56,6 +56,51 @@ def test_only_packed_arrays_are_kept_for_the_gradient():
     assert kept == [((96, 2), "float32"), ((96, 64), "uint8")]
 
 
+def addend(features, dtype=jnp.float32, rank=8, batch=(4,)):
+    keys = jax.random.key(7), jax.random.key(8)
+    shapes = (*batch, rank), (features, rank)
+    return tuple(
+        jax.random.normal(*each, dtype) for each in zip(keys, shapes, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("batch", [(), (2, 5)])
+def test_an_addend_is_further_columns(dtype, batch):
+    packed = weight()
+    w = np.asarray(pallas_kernels.dequantize(packed, SPEC), np.float64)
+    x = jax.random.normal(jax.random.key(1), (*batch, 128), jnp.dtype(dtype))
+    dy = jax.random.normal(jax.random.key(2), (*batch, 96), jnp.dtype(dtype))
+    forward, backward = (addend(i, x.dtype, batch=batch) for i in (96, 128))
+    y = pallas_kernels.quantized_matmul(x, packed, SPEC, addend=forward)
+    dx = pallas_kernels.quantized_matmul_dx(dy, packed, SPEC, addend=backward)
+    assert y.dtype == dx.dtype == x.dtype
+    for got, left, right, (t, u) in ((y, x, w.T, forward), (dx, dy, w, backward)):
+        t, u = np.asarray(t, np.float64), np.asarray(u, np.float64)
+        expected = np.asarray(left, np.float64) @ right + t @ u.T
+        assert relative(got, expected) < MATMUL_RELATIVE[dtype]
+
+
+def test_gradients_of_an_addend():
+    packed, (t, u) = weight(), addend(96)
+    x = jax.random.normal(jax.random.key(1), (4, 128))
+    dy = jax.random.normal(jax.random.key(2), (4, 96))
+
+    def product(x, t, u):
+        return pallas_kernels.quantized_matmul(x, packed, SPEC, addend=(t, u))
+
+    def plain(x, t, u):
+        return pallas_kernels.quantized_matmul(x, packed, SPEC) + t @ u.T
+
+    with jax.default_matmul_precision("highest"):
+        found, expected = (jax.vjp(f, x, t, u)[1](dy) for f in (product, plain))
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == wanted.dtype
+        assert (
+            relative(got, np.asarray(wanted, np.float64)) < GRADIENT_RELATIVE["float32"]
+        )
+
+
 def test_layer_of_a_stack():
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), weight(), weight(seed=5))
     x = jnp.ones((4, 128))
@@ -101,6 +146,13 @@ def test_what_does_not_fit():
     ):
         spec = PackedSpec(RAMP, n=96, k=128, nested_codebook=RAMP * 16)
         pallas_kernels.quantized_matmul(x, packed, spec)
+    for t, u in (((4, 8), (128, 8)), ((3, 8), (96, 8)), ((4, 8), (96, 4))):
+        with pytest.raises(ValueError, match=r"\[n, r\] with n=96 of the weight"):
+            pair = jnp.ones(t), jnp.ones(u)
+            pallas_kernels.quantized_matmul(x, packed, SPEC, addend=pair)
+    with pytest.raises(ValueError, match="must be float32 as x is: cast it"):
+        pair = addend(96, jnp.bfloat16)
+        pallas_kernels.quantized_matmul(x, packed, SPEC, addend=pair)
     with pytest.raises(ValueError, match="Unknown implementation='triton'"):
         pallas_kernels.quantized_matmul(x, packed, SPEC, implementation="triton")
     with pytest.raises(ValueError, match=r"w.shape=\(4, 128\) must be \(spec.n=96"):

@@ -39,13 +39,13 @@ UNEVEN = PackedSpec(RAMP, n=13824, k=5120)
         ("matmul", 129, WIDE, "sm90"),
         ("matmul", 512, WIDE, "sm90"),
         ("matmul", 2048, WIDE, "sm90"),
-        ("matmul", 8192, WIDE, "two_pass"),
+        ("matmul", 8192, WIDE, "sm90"),
         ("matmul_dx", 1, WIDE, "sm90"),
         ("matmul_dx", 512, WIDE, "sm90"),
         ("matmul_dx", 2048, WIDE, "sm90"),
         ("matmul_dx", 8192, WIDE, "two_pass"),
         ("matmul", 2048, UNEVEN, "sm90"),
-        ("matmul_dx", 2048, UNEVEN, "two_pass"),  # 320 tiles on 132 multiprocessors
+        ("matmul_dx", 2048, UNEVEN, "sm90"),
     ],
 )
 def test_choices_on_hopper(monkeypatch, op, m, spec, first):
@@ -55,11 +55,21 @@ def test_choices_on_hopper(monkeypatch, op, m, spec, first):
     assert order[-1] == "xla"  # can always
 
 
+def test_an_addend_speaks_for_one_pass(monkeypatch):
+    monkeypatch.setattr(tuning, "compute_capability", lambda: 9.0)
+    order = [
+        tuning.preference("matmul_dx", 8192, jnp.bfloat16, None, WIDE, rank)[0]
+        for rank in (0, 64)
+    ]
+    assert order == ["two_pass", "sm90"]
+
+
 @pytest.mark.parametrize(
     "op, m, tile_m, divided",
     [
-        ("matmul", 8192, 256, False),
+        ("matmul", 8192, 256, True),  # 20 of 3584 tiles are left for the last round
         ("matmul", 512, 256, False),
+        ("matmul", 1024, 256, True),
         ("matmul_dx", 1024, 256, False),
         ("matmul_dx", 512, 256, True),  # 64 tiles
         ("matmul_dx", 256, 256, True),
