@@ -42,10 +42,10 @@ _SMEM_BYTES = 226 * 1024
 def candidate_cuts(m: int) -> list[Cut]:
     """Cuts for so many rows, the likely fastest first; not all of them fit."""
     if m <= 32:
-        return [Cut(4, 8), Cut(4, 8, 4), Cut(3, 8, 4)]
+        return [Cut(4, 8), Cut(4, 8, 4)]
     if m <= 64:
-        return [Cut(3, 8), Cut(3, 8, 4), Cut(4, 8, 3), Cut(4, 6, 3)]
-    return [Cut(3, 5), Cut(3, 4, 4), Cut(2, 4, 6)]
+        return [Cut(3, 8), Cut(3, 8, 4), Cut(4, 8), Cut(4, 8, 3), Cut(2, 8, 6)]
+    return [Cut(3, 5), Cut(2, 4, 6), Cut(3, 4, 4)]
 
 
 def make_plan(

@@ -386,11 +386,12 @@ class Body:
         leader, later = self.lane == 0, first < unit
         scales, words = self.decode_scales(words), self.load_scales(unit + 1)
         for step in range(STEPS):
-            a = self.operand(codes, scales, step) if cut.overlap else None
             emit.ptx("wgmma.wait_group.sync.aligned 0;")
             self.give_back(stage, emit.both(leader, later) if step == 0 else leader)
-            a = a or self.operand(codes, scales, step)
+            a = self.operand(codes, scales, step)
             if step == STEPS - 1:
+                emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
+                self.arrive("codes empty", slot, leader)
                 slot, slot_parity = self.turn(slot, slot_parity, cut.slots)
                 self.wait_for_more(unit, slot, slot_parity)
                 codes = self.load_codes(slot, 0)
@@ -406,9 +407,6 @@ class Body:
                 adds = emit.const(1)
             emit.wgmma_commit()
             codes = self.exchange(codes)  # the tensor cores are busy
-            if step == STEPS - 2:
-                emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
-                self.arrive("codes empty", slot, leader)
             stage, parity = self.turn(stage, parity, cut.stages)
         left = self.announce(left)
         numbers = [v.value for v in (stage, parity, slot, slot_parity, left)]
@@ -493,39 +491,20 @@ class Body:
                 self.lane.value,
             )
 
-            def load(i: emit.Int, first: int, count: int) -> list:
-                where, part = self.part(owner + i), []
-                for j in range(first, first + count, 4):
+            def add(i, sums):
+                where, part = self.part(owner + 1 + i), []
+                for j in range(0, len(sums), 4):
                     part += emit.ptx(
                         f"ld.global.cg.v4.f32 {{$0, $1, $2, $3}}, [$4+{j * 512}];",
                         where.value,
                         out="ffff",
                     )
-                return part
+                return [
+                    emit.ptx("add.rn.f32 $0, $1, $2;", *pair, out="f")
+                    for pair in zip(sums, part, strict=True)
+                ]
 
-            def add_some(first: int, own: list) -> list:
-                count, one = len(own), emit.const(1)
-
-                def add(i, state):
-                    # The next part comes while this one is added.
-                    following = emit.select(i < others, i + 1, others)
-                    following = load(following, first, count)
-                    total = [
-                        emit.ptx("add.rn.f32 $0, $1, $2;", *pair, out="f")
-                        for pair in zip(state[:count], state[count:], strict=True)
-                    ]
-                    return [*total, *following]
-
-                state = [*own, *load(one, first, count)]
-                return emit.loop(one, others + 1, one, state, add)[:count]
-
-            def add_all():
-                total = []
-                for first in range(0, len(sums), 32):  # as registers allow
-                    total += add_some(first, sums[first : first + 32])
-                self.write(tile, total)
-
-            emit.branch(others == 0, lambda: self.write(tile, sums), add_all)
+            self.write(tile, emit.loop(emit.const(0), others, emit.const(1), sums, add))
 
         emit.branch(self.block == owner, collect, leave)
         return emit.select(more, left, emit.const(0))

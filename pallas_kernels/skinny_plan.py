@@ -24,7 +24,6 @@ class Cut:
     consumers: int = 4
     stages: int = 8
     slots: int = 2
-    overlap: bool = False
 
     def __post_init__(self):
         if not 2 <= self.consumers <= 4:
