@@ -1,8 +1,10 @@
+import json
 import math
 
 import pytest
 
 from benchmarks import quality_table
+from tests.conftest import ROOT
 
 
 def row(method, seed, loss, accuracy, **more):
@@ -52,3 +54,12 @@ def test_runs_are_put_together():
     assert together == {"machine": "m", "sweep": [1], "rows": [2, 3, 4]}
     with pytest.raises(ValueError, match=r"The runs differ: .*'m'.*'n'"):
         quality_table.merged([first, second | {"machine": "n"}])
+
+
+def test_the_docs_have_the_table_that_was_measured():
+    found = json.loads(quality_table.PATH.read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    for line in quality_table.table(found["rows"]).split("\n"):
+        assert line in page, line
+    for number in (found["machine"], found["jax"], found["date"]):
+        assert number in page, number
