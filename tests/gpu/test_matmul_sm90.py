@@ -147,7 +147,7 @@ def test_an_addend(m, rank, config, direction):
 
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("rank", [64, 256])
-@pytest.mark.parametrize("k", [64, 128, 320])
+@pytest.mark.parametrize("k", [128, 320])
 def test_an_addend_of_a_short_contraction(k, rank, direction):
     shape = (256, k) if direction == "forward" else (k, 256)
     x, w, expected = operands(direction, 300, *shape)

@@ -302,3 +302,16 @@ def test_default_configurations(direction, m, options):
 def test_a_configuration_checks_itself(options, message):
     with pytest.raises(ValueError, match=message):
         matmul_sm90.Config(**options)
+
+
+@pytest.mark.parametrize("direction", PASSES)
+def test_an_addend_of_one_step_is_left_to_others(direction):
+    n, k = (256, 64) if direction == "forward" else (64, 256)
+    spec = PackedSpec(NF4, n=n, k=k)
+    packed = PackedWeight(
+        jnp.zeros((n, k // 2), jnp.uint8), jnp.ones((n, k // 64), jnp.float32)
+    )
+    x = jnp.ones((128, 64), jnp.bfloat16)
+    pair = jnp.ones((128, 64), jnp.bfloat16), jnp.ones((256, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="a contraction of 64"):
+        PASSES[direction](x, packed, spec, addend=pair)
