@@ -115,6 +115,13 @@ def measure(case: Case) -> dict:
     from benchmarks import models
     from qlora_jax.train import committed, next_token_loss_sum, step_options
 
+    device = jax.devices()[0]
+    peaks: dict[str, float] = {}
+
+    def peak_after(phase: str) -> None:
+        stats = device.memory_stats() or {}
+        peaks[phase] = stats.get("peak_bytes_in_use", 0) / 1e9
+
     config = models.SHAPES[case.model]
     if case.layers:
         config = dataclasses.replace(config, num_layers=case.layers)
@@ -129,7 +136,10 @@ def measure(case: Case) -> dict:
     )
     trainable, frozen = committed(ql.split_trainable(model))
     del model
-    state = committed(tx.init(trainable))
+    jax.block_until_ready((trainable, frozen))
+    peak_after("model")
+    state = jax.block_until_ready(committed(tx.init(trainable)))
+    peak_after("state")
     loss_sum = functools.partial(
         next_token_loss_sum,
         remat=case.remat,
@@ -148,6 +158,7 @@ def measure(case: Case) -> dict:
     start = time.perf_counter()
     compiled = step.lower(trainable, state, frozen, batch).compile()
     compile_s = time.perf_counter() - start
+    peak_after("compilation")  # tuning runs products on buffers of its own
     losses = []
     for _ in range(3):
         trainable, state, metrics = compiled(trainable, state, frozen, batch)
@@ -159,8 +170,7 @@ def measure(case: Case) -> dict:
     seconds = (time.perf_counter() - start) / case.steps
     if not losses[-1] < losses[0]:  # nor if it is not a number
         raise ValueError(f"The loss of a repeated batch did not fall: {losses}.")
-    device = jax.devices()[0]
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    peak_after("steps")
     if case.profile:
         with jax.profiler.trace(case.profile):
             jax.block_until_ready(compiled(trainable, state, frozen, batch))
@@ -170,7 +180,8 @@ def measure(case: Case) -> dict:
         **dataclasses.asdict(case),
         "tokens_per_s": tokens_per_s,
         "step_ms": seconds * 1e3,
-        "peak_gb": peak / 1e9,
+        "peak_gb": peaks["steps"],
+        "peak_gb_after": peaks,
         "compile_s": compile_s,
         "mfu": flops / PEAK_FLOPS.get(device.device_kind, float("nan")),
         "losses": losses,
