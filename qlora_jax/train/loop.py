@@ -104,6 +104,7 @@ class _Taken:
     number: int
     batch: "Batch"
     metrics: Any
+    began: float
 
 
 class _Loop:
@@ -144,7 +145,6 @@ class _Loop:
         self.rates = _rates(config)
         self.taken: _Taken | None = None
         self.flops, self.peak = flops_per_token(model), peak_flops()
-        self.clock = time.perf_counter()
 
     def _take_up(self, run: Run) -> None:
         run.begin()
@@ -166,7 +166,6 @@ class _Loop:
         """Trains to the end, or to a signal."""
         for callback in self.callbacks:
             callback.start(self.done, self.config.steps)
-        self.clock = time.perf_counter()
         try:
             self._train(stop)
         except Interruption:
@@ -208,6 +207,7 @@ class _Loop:
 
     def _advance(self) -> None:
         """Hands a step to the device, and meanwhile tells of the one before."""
+        began = time.perf_counter()
         batch = {k: np.asarray(v) for k, v in next(self.iterator).items()}
         key = None
         if self.config.dropout or self.config.neftune_alpha:
@@ -217,18 +217,22 @@ class _Loop:
         if average:
             average = [_running_mean(average[0], trainable, self.config.ema)]
         self.arrays = [trainable, state, *average]
-        self._tell()
-        self.taken = _Taken(self.done, batch, metrics)
+        self._tell(ended=began)
+        self.taken = _Taken(self.done, batch, metrics, began)
         self.done += 1
 
-    def _tell(self) -> None:
-        """Hands out the numbers of the step that was taken last; waits for them."""
+    def _tell(self, ended: float | None = None) -> None:
+        """Hands out the numbers of the step that was taken last; waits for them.
+
+        Steps overlap, so one lasts until the next begins, `ended`; without a next one,
+        until its numbers are there.
+        """
         if self.taken is None:
             return
         taken, self.taken = self.taken, None
         numbers = {k: float(v) for k, v in jax.device_get(taken.metrics).items()}
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        ended = time.perf_counter() if ended is None else ended
+        seconds = ended - taken.began
         self.progress.took(finite=math.isfinite(numbers["grad_norm"]))
         tokens = taken.batch["tokens"].size
         report = StepReport(
@@ -260,7 +264,6 @@ class _Loop:
         best = self.progress.found(self.done, float(numbers["eval_loss"]))
         for callback in self.callbacks:
             callback.evaluated(self.done, numbers, model, best)
-        self.clock = time.perf_counter()
         if best:
             self._save()
 

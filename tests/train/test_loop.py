@@ -3,6 +3,7 @@ import itertools
 import json
 import pathlib
 import re
+import time
 
 import jax
 import numpy as np
@@ -53,6 +54,31 @@ def test_training_reaches_a_loss():
     assert all((a == b).all() for a, b in zip(before, after, strict=True))
     weight = nnx.state(trained)["layers"]["q_proj"]
     assert isinstance(jax.tree.leaves(weight)[0], jax.Array)
+
+
+class Slow:
+    """Batches that take a while to come."""
+
+    seconds = 0.05
+
+    def __init__(self):
+        self.iterator = iter(batches())
+        self.get_state = self.iterator.get_state
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        time.sleep(self.seconds)
+        return next(self.iterator)
+
+
+def test_a_step_lasts_as_long_as_its_data_takes(tmp_path):
+    """Also the last one, and one that a checkpoint waits for: their rates are true."""
+    losses = Losses()
+    fit(adapted(), Slow(), SMALL, run=Run(tmp_path, {}), callbacks=[losses])
+    assert [r.step for r in losses.reports] == list(range(1, 7))
+    assert min(r.seconds for r in losses.reports) >= Slow.seconds
 
 
 def test_a_model_is_kept_or_consumed():
