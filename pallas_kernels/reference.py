@@ -38,7 +38,8 @@ def lookup(codes: jax.Array, codebook: tuple[float, ...]) -> jax.Array:
     """Returns float32 `codebook[codes]`, by a gather of clipped indices.
 
     On a GPU that takes 0.56 of the time of selects on the bits of a code, and 0.37 of
-    that of a gather whose indices are promised to be in bounds (docs/kernels_decoding.md).
+    that of a gather whose indices are promised to be in bounds; see
+    docs/kernels_decoding.md.
     """
     table = jnp.asarray(codebook, jnp.float32)
     return jnp.take(table, codes.astype(jnp.int32), mode="clip")
