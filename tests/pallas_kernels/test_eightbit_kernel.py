@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import eightbit_body as body
 from pallas_kernels import eightbit_kernel as kernels
 from pallas_kernels import tuning
 from qlora_jax.quant.formats import dynamic_map
@@ -66,8 +67,8 @@ def lion_by_rule(g, moments, factors=LION):
 
 
 RULES = {
-    "adam": (kernels._Adam, adam_by_rule, ADAM, (SIGNED, UNSIGNED)),
-    "lion": (kernels._Lion, lion_by_rule, LION, (SIGNED,)),
+    "adam": (body.Adam, adam_by_rule, ADAM, (SIGNED, UNSIGNED)),
+    "lion": (body.Lion, lion_by_rule, LION, (SIGNED,)),
 }
 
 
@@ -96,7 +97,7 @@ def test_steps_equal_the_rule(name, dtype, monkeypatch):
     size = 256 * 9 + 100  # a ragged last block
     rng = np.random.default_rng(0)
     moments = expected = zeros(size, books)
-    monkeypatch.setattr(kernels, "_THREADS", 128)  # four warps, five blocks each
+    monkeypatch.setattr(body, "THREADS", 128)  # four warps, five blocks each
     for step in range(3):
         g = gradients_with_edges(rng, size, dtype)
         if step == 2:  # a block that was empty fills, the last, ragged one empties
@@ -105,17 +106,17 @@ def test_steps_equal_the_rule(name, dtype, monkeypatch):
         refs = {
             "g": g,
             "factors": np.asarray(factors, np.float32),
-            "table": kernels.table_operand(books),
+            "table": body.table_operand(books),
             "update": np.full(size, 7, dtype),
         }
         for i, (codes, absmax) in enumerate(moments):
             refs |= {f"codes{i}": codes.copy(), f"absmax{i}": absmax.copy()}
-        bytes_of_smem = kernels.smem_bytes(books)
+        bytes_of_smem = body.smem_bytes(books)
         buffers = {}
         for block in range(2):
             # Both blocks write into the same arrays, as on the device.
             emulator = Emulator(128, block, {"smem": bytes_of_smem, **refs})
-            monkeypatch.setattr(kernels, "emit", emulator)
+            monkeypatch.setattr(body, "emit", emulator)
             emitter(books, size, dtype, 2, emulator.refs).build()
             buffers = emulator.refs
         update, expected = rule(g.astype(np.float32), moments)
@@ -133,7 +134,7 @@ def test_steps_equal_the_rule(name, dtype, monkeypatch):
 @pytest.mark.parametrize("codebook", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
 def test_the_table_of_codes_decides_every_edge(codebook):
     """At each limit between codes, at its float neighbours, and in between."""
-    table = kernels.code_table(codebook)
+    table = body.code_table(codebook)
     values = np.asarray(codebook, np.float32)
     middles = (values[1:] + values[:-1]) / np.float32(2)
     spread = 10 ** np.random.default_rng(0).uniform(-9, 0, 20_000)
@@ -162,7 +163,7 @@ def test_the_table_of_codes_decides_every_edge(codebook):
 def test_codes_too_near_for_the_table_are_refused():
     near = 0.5 + np.arange(255) * 2.0**-24
     with pytest.raises(NotImplementedError, match=r"nearer than 2\*\*-15"):
-        kernels.code_table((0.0, *map(float, near)))
+        body.code_table((0.0, *map(float, near)))
 
 
 def arguments(name, shape=(64, 130), dtype=jnp.float32):
