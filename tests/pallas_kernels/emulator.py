@@ -11,69 +11,17 @@ every arrival; what wgmma reads must stay as it is until wgmma is waited for.
 
 import contextlib
 import re
-import threading
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from pallas_kernels import emit
+from tests.pallas_kernels.turns import Turns
+from tests.pallas_kernels.values import Int, NumpyOps, Ref, permute
 
 _HALVES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
 _SHARED_BASE = 1024
-
-
-class Ref:
-    """A buffer with an address."""
-
-    def __init__(self, data: np.ndarray, base: int, shared: bool):
-        self.bytes = data.reshape(-1).view(np.uint8)
-        self.shape, self.base, self.shared = data.shape, base, shared
-        self.item_bytes = data.dtype.itemsize
-
-
-class Int:
-    """Unsigned integers, one a thread, wrapping as the hardware's do."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def _with(self, x, op):
-        x = x.value if isinstance(x, Int) else np.asarray(x % 2**64, np.uint64)
-        with np.errstate(over="ignore"):
-            return op(self.value, x.astype(self.value.dtype))
-
-    def __add__(self, x):
-        return Int(self._with(x, np.add))
-
-    def __sub__(self, x):
-        return Int(self._with(x, np.subtract))
-
-    def __mul__(self, x):
-        return Int(self._with(x, np.multiply))
-
-    def __floordiv__(self, x):
-        return Int(self._with(x, np.floor_divide))
-
-    def __mod__(self, x):
-        return Int(self._with(x, np.mod))
-
-    def __xor__(self, x):
-        return Int(self._with(x, np.bitwise_xor))
-
-    def __lt__(self, x):
-        return self._with(x, np.less)
-
-    def __eq__(self, x):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._with(x, np.equal)
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-    def wide(self):
-        return Int(self.value.astype(np.uint64))
-
-    def min(self, x: int):
-        return Int(self._with(x, np.minimum))
 
 
 class Emulator:
@@ -442,7 +390,7 @@ class Emulator:
                 "shr": lambda a, b: a >> b,
                 "mad": lambda a, b, c: a * b + c,
                 "bfe": lambda a, b, c: (a >> b) & ((np.uint32(1) << c) - np.uint32(1)),
-                "prmt": _permute,
+                "prmt": permute,
             }[kind](*values)
 
     @staticmethod
@@ -627,128 +575,3 @@ class Emulator:
         for i, (to, add) in enumerate(zip(d, c, strict=True)):
             part = product[:, g + 8 * (i // 2), 2 * t + i % 2].reshape(-1)
             write(to, part + read(add).view(np.float32), mask)
-
-
-class Turns:
-    """Roles of a block: threads of Python, of which one runs at a time."""
-
-    def __init__(self, emulator: Emulator, state: tuple[str, ...]):
-        """Takes turns on an emulator, of which `state` belongs to each role."""
-        self.emulator, self.state = emulator, state
-        self.may_run: list[threading.Semaphore] = []
-        self.ended: list[bool] = []
-        self.now, self.idle, self.met, self.meetings = -1, 0, 0, 0
-        self.error: BaseException | None = None
-
-    def run(self, roles):
-        """Runs condition and body of each to the end; from a role, beside others."""
-        emulator, first = self.emulator, len(self.ended)
-
-        def one(i, mask, body):
-            self.may_run[i].acquire()
-            emulator.mask, emulator.groups, emulator.uncommitted = mask, [], []
-            emulator.products, emulator.started, self.now = [], [], i
-            try:
-                if not self.error and mask.any():
-                    body()
-            except BaseException as error:
-                self.error = self.error or error
-            self.ended[i], self.idle = True, 0
-            if (after := self._after(i)) != i:
-                self.may_run[after].release()
-
-        threads = []
-        for i, (mask, body) in enumerate(roles, start=first):
-            self.may_run.append(threading.Semaphore(0))
-            self.ended.append(False)
-            threads.append(threading.Thread(target=one, args=(i, mask, body)))
-            threads[-1].start()
-        if self.now >= 0:
-            while not all(self.ended[first : first + len(threads)]):
-                self.give(waits=True)
-            return
-        before = {name: getattr(emulator, name) for name in self.state}
-        self.may_run[first].release()
-        for thread in threads:
-            thread.join()
-        for name, value in before.items():
-            setattr(emulator, name, value)
-        if self.error:
-            raise self.error
-
-    def _after(self, i: int) -> int:
-        """The next role that has not ended."""
-        count = len(self.ended)
-        order = [(i + j) % count for j in range(1, count)]
-        return next((j for j in order if not self.ended[j]), i)
-
-    def give(self, waits=False):
-        """Lets another role run until it gives back; there must be one, if it waits."""
-        i, after = self.now, self._after(self.now)
-        self.idle = self.idle + 1 if waits else 0
-        stuck = after == i or self.idle > 2 * len(self.ended)
-        assert not (waits and stuck), "it would wait forever"
-        if after == i:
-            return
-        mine = {name: getattr(self.emulator, name) for name in self.state}
-        self.may_run[after].release()
-        self.may_run[i].acquire()
-        for name, value in mine.items():
-            setattr(self.emulator, name, value)
-        self.now = i
-        if self.error:
-            raise self.error
-
-    def meet(self):
-        """A barrier of all threads."""
-        self.met += self.emulator.mask.sum()
-        self.idle, meeting = 0, self.meetings
-        if self.met == self.emulator.threads:
-            self.met, self.meetings = 0, self.meetings + 1
-        while self.meetings == meeting:
-            self.give(waits=True)
-
-
-class NumpyOps:
-    """`decode.Ops` on arrays over threads."""
-
-    def __init__(self, dtype: str):
-        self._half = np.dtype(dtype)
-
-    def and_(self, a, mask):
-        return a & np.uint32(mask)
-
-    def or_(self, a, bits):
-        return a | np.uint32(bits)
-
-    def shift_right(self, a, bits):
-        return a >> np.uint32(bits)
-
-    def permute(self, a, b, selector):
-        if isinstance(selector, int):
-            selector = np.full_like(a, selector)
-        return _permute(a, b, selector)
-
-    def multiply(self, a, constant):
-        return a * np.float32(constant)
-
-    def round_pair(self, low, high):
-        pair = np.stack([low, high], -1).astype(self._half)
-        return pair.view(np.uint32)[..., 0]
-
-    def multiply_pair(self, a, b):
-        numbers = (v.copy().view(self._half).reshape(-1, 2) for v in (a, b))
-        return np.multiply(*numbers).view(np.uint32)[..., 0]
-
-
-def _permute(a, b, selector):
-    """`prmt`: bytes 0 to 3 are a's, 4 to 7 b's."""
-    octets = np.stack(
-        [(v >> np.uint32(8 * i)) & np.uint32(255) for v in (a, b) for i in range(4)]
-    )
-    result = np.zeros_like(a)
-    for i in range(4):
-        index = (selector >> np.uint32(4 * i)) & np.uint32(7)
-        byte = np.take_along_axis(octets, index[None].astype(np.int64), 0)[0]
-        result |= byte << np.uint32(8 * i)
-    return result
