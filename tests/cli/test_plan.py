@@ -19,4 +19,4 @@ def test_a_model_that_is_not_there(tmp_path, capsys):
     assert main(["plan", "--model", str(tmp_path / "absent")]) == 2
     assert "There is no model at" in capsys.readouterr().err
     assert main(["plan", "--model", str(tmp_path)]) == 2
-    assert "config.json cannot be read" in capsys.readouterr().err
+    assert "config.json is missing" in capsys.readouterr().err
