@@ -105,6 +105,7 @@ class _Taken:
     batch: "Batch"
     metrics: Any
     began: float
+    handed: float
 
 
 class _Loop:
@@ -145,6 +146,7 @@ class _Loop:
         self.rates = _rates(config)
         self.taken: _Taken | None = None
         self.flops, self.peak = flops_per_token(model), peak_flops()
+        self.told = 0.0  # when the numbers of a step came last
 
     def _take_up(self, run: Run) -> None:
         run.begin()
@@ -217,22 +219,28 @@ class _Loop:
         if average:
             average = [_running_mean(average[0], trainable, self.config.ema)]
         self.arrays = [trainable, state, *average]
+        handed = time.perf_counter()
         self._tell(ended=began)
-        self.taken = _Taken(self.done, batch, metrics, began)
+        self.taken = _Taken(self.done, batch, metrics, began, handed)
         self.done += 1
 
     def _tell(self, ended: float | None = None) -> None:
         """Hands out the numbers of the step that was taken last; waits for them.
 
-        Steps overlap, so one lasts until the next begins, `ended`; without a next one,
-        until its numbers are there.
+        Steps overlap, so one lasts until the next begins, `ended`. Without a next one
+        it lasts as long as the host or the device was busy with it alone.
         """
         if self.taken is None:
             return
         taken, self.taken = self.taken, None
         numbers = {k: float(v) for k, v in jax.device_get(taken.metrics).items()}
-        ended = time.perf_counter() if ended is None else ended
-        seconds = ended - taken.began
+        now, before = time.perf_counter(), self.told
+        if ended is None:
+            on_device = now - max(taken.began, before)
+            seconds = max(taken.handed - taken.began, on_device)
+        else:
+            seconds = ended - taken.began
+        self.told = now
         self.progress.took(finite=math.isfinite(numbers["grad_norm"]))
         tokens = taken.batch["tokens"].size
         report = StepReport(
