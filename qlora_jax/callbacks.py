@@ -28,7 +28,7 @@ class StepReport:
         tokens: tokens computed, padding included.
         target_tokens: tokens predicted.
         seconds: from the step's beginning, its data included, to the next one's; of
-            the last one before a pause (an evaluation, a checkpoint), what it took alone.
+            the last before a pause (an evaluation, a checkpoint), what it took alone.
         skipped: steps so far that were not taken, for want of a finite gradient.
         mfu: share of the device's peak that the model's operations took, see
             `throughput`; None where the peak is not known.
