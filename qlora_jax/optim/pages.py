@@ -84,6 +84,16 @@ def evaluate_by_page(
         )
     )
 
+    # Otherwise the compiler fetches the first page as the program begins, long before
+    # there is a gradient for it.
+    args = list(args)
+    for page in pages[:1]:
+        first = [args[i] for i in page.inputs]
+        reads = _reads(jaxpr, eqn_masks, page, known)
+        first, values = _barrier(first, [known[var] for var in reads])
+        known.update(zip(reads, values, strict=True))
+        for i, x in zip(page.inputs, first, strict=True):
+            args[i] = x
     computed: list[jax.Array] = []
     last: list[int] = []  # the outputs of the previous page that go to host memory
     for page in pages:
@@ -112,10 +122,11 @@ def evaluate_by_page(
 def plan_pages(
     sizes: Sequence[int], out_masks: Sequence[Mask], page_size: int
 ) -> list[Page]:
-    """Groups inputs into pages of at most `page_size` bytes, large ones first.
+    """Groups inputs into pages of at most `page_size` bytes, small ones first.
 
     By size, because a page travels in while the one before it travels out: the rate is
-    best if the two are alike.
+    best if the two are alike. Small ones first, because what a page is computed from
+    (a gradient) is given back after it: when the largest pages come, most is gone.
 
     Args:
         sizes: bytes of each input.
@@ -126,7 +137,7 @@ def plan_pages(
         The pages. Every input is in one of them, also if no output depends on it.
     """
     groups = _connected(len(sizes), out_masks)
-    groups.sort(key=lambda group: sum(sizes[i] for i in group), reverse=True)
+    groups.sort(key=lambda group: sum(sizes[i] for i in group))
     bundles: list[list[int]] = []
     room = 0
     for group in groups:
@@ -203,6 +214,16 @@ def _shared_variables(jaxpr: Jaxpr, eqn_masks: Sequence[Mask]) -> list:
         else:
             common.update(dict.fromkeys(eqn.outvars))
     return [var for var in common if var in read]
+
+
+def _reads(jaxpr: Jaxpr, eqn_masks: Sequence[Mask], page: Page, known: dict) -> list:
+    """What the equations of a page read of what is known before any page."""
+    mask = sum(1 << i for i in page.inputs)
+    read: dict = {}
+    for eqn, reads in zip(jaxpr.eqns, eqn_masks, strict=True):
+        if reads & mask:
+            read.update(dict.fromkeys(x for x in eqn.invars if type(x) is not Literal))
+    return [var for var in read if var in known]
 
 
 def _exchange(

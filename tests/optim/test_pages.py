@@ -15,18 +15,18 @@ def bits(*members):
 
 def test_what_meets_in_an_output_shares_a_page():
     pages = plan_pages([8] * 5, [bits(0, 2), bits(1), bits(1, 3), 0], page_size=1)
-    assert [page.inputs for page in pages] == [(0, 2), (1, 3), (4,)]
-    assert [page.outputs for page in pages] == [(0,), (1, 2), ()]
+    assert [page.inputs for page in pages] == [(4,), (0, 2), (1, 3)]
+    assert [page.outputs for page in pages] == [(), (0,), (1, 2)]
 
 
-def test_pages_are_filled_large_ones_first():
+def test_pages_are_filled_small_ones_first():
     pages = plan_pages([10, 40, 10, 30, 20], [0] * 5, page_size=50)
-    assert [page.inputs for page in pages] == [(1,), (3, 4), (0, 2)]
+    assert [page.inputs for page in pages] == [(0, 2, 4), (3,), (1,)]
 
 
 def test_a_group_larger_than_a_page_is_a_page():
     pages = plan_pages([10, 10, 10], [bits(0, 1)], page_size=15)
-    assert [page.inputs for page in pages] == [(0, 1), (2,)]
+    assert [page.inputs for page in pages] == [(2,), (0, 1)]
 
 
 def host_arrays(count):
@@ -99,3 +99,27 @@ def test_two_pages_at_most_and_one_transfer_each_way(in_a_page):
     for n, fetch in enumerate(fetches[in_a_page:]):
         assert writes[n] not in found[fetch][1]
         assert fetch not in found[writes[n]][1]
+
+
+def test_the_first_fetch_waits_for_what_its_page_is_computed_from():
+    def step(gradient, *state):
+        gradient = jnp.sin(gradient)
+        return evaluate_by_page(
+            lambda *ys: [y + gradient for y in ys],
+            state,
+            page_size=1,
+            host_outputs=[0, 1],
+        )
+
+    jaxpr = jax.make_jaxpr(step)(jnp.ones([4, 4]), *host_arrays(2)).jaxpr
+    after = set()  # variables that depend on the gradient
+    fetches = []
+    for eqn in jaxpr.eqns:
+        waits = any(not hasattr(x, "val") and x in after for x in eqn.invars)
+        if eqn.primitive.name == "sin" or waits:
+            after.update(eqn.outvars)
+        if eqn.primitive.name == "device_put":
+            [space] = eqn.params["devices"]
+            if space == jax.memory.Space.Device:
+                fetches.append(waits)
+    assert fetches == [True, True]
