@@ -69,31 +69,29 @@ def evaluate_by_page(
             out_masks[i] = 0
     pages = plan_pages([x.nbytes for x in args], out_masks, page_size)
 
+    args = list(args)
+    first = list(pages[0].inputs) if pages else []
+    once = [eqn for eqn, reads in zip(jaxpr.eqns, eqn_masks, strict=True) if not reads]
+    known = dict(zip(jaxpr.constvars, consts, strict=True))
+    # Left to itself the compiler fetches the first page as the program begins, long
+    # before there is a gradient for it. What is summed up for all pages, such as a
+    # global norm, is there when all gradients are; numbers alone are held up by it, so
+    # that arrays are computed as they would be.
+    if sums := _sums(once):
+        values = _evaluate(jaxpr, once, known, sums)
+        pinned, values = _barrier([args[i] for i in first], values)
+        for i, x in zip(first, pinned, strict=True):
+            args[i] = x
+        known.update(zip(sums, values, strict=True))
+        once = [eqn for eqn in once if not set(sums).issuperset(eqn.outvars)]
     unpaged = [i for i, mask in enumerate(out_masks) if not mask and i not in outputs]
     shared = _shared_variables(jaxpr, eqn_masks)
     values = _evaluate(
-        jaxpr,
-        [eqn for eqn, reads in zip(jaxpr.eqns, eqn_masks, strict=True) if not reads],
-        dict(zip(jaxpr.constvars, consts, strict=True)),
-        [*(jaxpr.outvars[i] for i in unpaged), *shared],
+        jaxpr, once, known, [*(jaxpr.outvars[i] for i in unpaged), *shared]
     )
     put(unpaged, values[: len(unpaged)])
-    known = dict(
-        zip(
-            [*jaxpr.constvars, *shared], [*consts, *values[len(unpaged) :]], strict=True
-        )
-    )
+    known.update(zip(shared, values[len(unpaged) :], strict=True))
 
-    # Otherwise the compiler fetches the first page as the program begins, long before
-    # there is a gradient for it.
-    args = list(args)
-    for page in pages[:1]:
-        first = [args[i] for i in page.inputs]
-        reads = _reads(jaxpr, eqn_masks, page, known)
-        first, values = _barrier(first, [known[var] for var in reads])
-        known.update(zip(reads, values, strict=True))
-        for i, x in zip(page.inputs, first, strict=True):
-            args[i] = x
     computed: list[jax.Array] = []
     last: list[int] = []  # the outputs of the previous page that go to host memory
     for page in pages:
@@ -216,14 +214,15 @@ def _shared_variables(jaxpr: Jaxpr, eqn_masks: Sequence[Mask]) -> list:
     return [var for var in common if var in read]
 
 
-def _reads(jaxpr: Jaxpr, eqn_masks: Sequence[Mask], page: Page, known: dict) -> list:
-    """What the equations of a page read of what is known before any page."""
-    mask = sum(1 << i for i in page.inputs)
-    read: dict = {}
-    for eqn, reads in zip(jaxpr.eqns, eqn_masks, strict=True):
-        if reads & mask:
-            read.update(dict.fromkeys(x for x in eqn.invars if type(x) is not Literal))
-    return [var for var in read if var in known]
+def _sums(eqns: Sequence[JaxprEqn]) -> list:
+    """Single numbers that are computed from arrays."""
+    return [
+        var
+        for eqn in eqns
+        if any(x.aval.size > 1 for x in eqn.invars)
+        if all(x.aval.size == 1 for x in eqn.outvars)
+        for var in eqn.outvars
+    ]
 
 
 def _exchange(
