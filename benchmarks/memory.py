@@ -52,6 +52,7 @@ def cases():
                         model=name,
                         chunk_size=TRAIN.chunk_size,
                         steps=STEPS,
+                        tune=False,
                     ),
                 )
 

@@ -127,11 +127,12 @@ def paged(
         def init(params):
             leaves, treedef = jax.tree.flatten(inner.init(cut(params, rows)))
             leaves = _on_the_mesh_of(params, leaves)
-            placed = [
-                to_host(x[None] if own_shapes else x) if host else x
-                for x, host in zip(leaves, hosted, strict=True)
-            ]
-            return treedef.unflatten(placed)
+            if own_shapes:
+                leaves = [
+                    x[None] if host else x
+                    for x, host in zip(leaves, hosted, strict=True)
+                ]
+            return treedef.unflatten(_placed(leaves, hosted))
 
         # One program writes leaf after leaf to the host, whereas eager operations would
         # fill the device with all of the state first; but they keep shardings.
@@ -208,6 +209,21 @@ def _paged_leaves(
             device_budget -= _nbytes(x)
         hosted.append(not (small or fits))
     return hosted
+
+
+def _placed(leaves: list[Any], hosted: list[bool]) -> list[Any]:
+    """Moves leaves to the host, under jit each when the one before it is there.
+
+    A compiler left to itself has three of them on the device at a time.
+    """
+    placed, last = list(leaves), None
+    for i, host in enumerate(hosted):
+        if host:
+            x = leaves[i]
+            if last is not None and isinstance(x, Tracer):
+                x, placed[last] = jax.lax.optimization_barrier((x, placed[last]))
+            placed[i], last = to_host(x), i
+    return placed
 
 
 def _nbytes(x: jax.ShapeDtypeStruct) -> int:

@@ -18,6 +18,8 @@ from qlora_jax.optim.memory import to_device, to_host
 
 # A set of inputs, bit `i` standing for input `i`: unions of thousands are one `|`.
 Mask = int
+# Bytes from which on a page has no room for an array of the page before it.
+_LARGE = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,9 @@ def evaluate_by_page(
 
     The order is pinned by dependencies, for use under jit: while a page travels in, the
     one before it, already computed, travels out; then the page is computed. On the
-    device are then either two pages, or one and its new values.
+    device are then a page and an array; of a page of more than 1 GiB, whose arrays come
+    one behind those that leave, no more than it. What leaves and what comes in is then
+    side by side for all but its first and last array.
 
     Args:
         fn: takes arrays on the device, returns a list of arrays. It may close over
@@ -95,7 +99,9 @@ def evaluate_by_page(
     computed: list[jax.Array] = []
     last: list[int] = []  # the outputs of the previous page that go to host memory
     for page in pages:
-        fetched, written = _exchange([args[i] for i in page.inputs], computed)
+        hosted = [args[i] for i in page.inputs]
+        lag = int(sum(x.nbytes for x in hosted) > _LARGE)
+        fetched, written = _exchange(hosted, computed, lag)
         fetched, written = _barrier(fetched, written)
         outputs.update(zip(last, written, strict=True))
         mask = sum(1 << i for i in page.inputs)
@@ -226,20 +232,23 @@ def _sums(eqns: Sequence[JaxprEqn]) -> list:
 
 
 def _exchange(
-    hosted: list[jax.Array], computed: list[jax.Array]
+    hosted: list[jax.Array], computed: list[jax.Array], lag: int = 0
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Brings one page to the device while the one before it goes to the host.
 
     Array by array, in lockstep: one transfer in each direction, then the next two. Left
     to itself, the compiler has two transfers in the same direction under way, or puts
-    both directions on one stream; either halves the rate.
+    both directions on one stream; either halves the rate. With a lag of one, an array
+    comes in when the one of the same number has left, beside the next that leaves.
     """
     hosted, computed = _barrier(hosted, computed)
     fetched: list[jax.Array] = []
     written: list[jax.Array] = []
-    for n in range(max(len(hosted), len(computed))):
+    lag = lag if computed else 0
+    for n in range(max(len(hosted) + lag, len(computed))):
+        coming = hosted[n - lag : n - lag + 1] if n >= lag else []
         pair, before = _barrier(
-            [hosted[n : n + 1], computed[n : n + 1]], [fetched[-1:], written[-1:]]
+            [coming, computed[n : n + 1]], [fetched[-1:], written[-1:]]
         )
         fetched[-1:], written[-1:] = before
         fetched += map(to_device, pair[0])

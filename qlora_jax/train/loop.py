@@ -30,8 +30,9 @@ from qlora_jax.throughput import flops_per_token, peak_flops
 from qlora_jax.train.config import TrainConfig, check_same_run
 from qlora_jax.train.loss import next_token_loss_sum
 from qlora_jax.train.progress import NonfiniteError, Progress
-from qlora_jax.train.step import make_train_step, step_options
+from qlora_jax.train.step import make_train_step
 from qlora_jax.train.stop import Interruption, Stopped, StopRequest
+from qlora_jax.train.tuning import tuned_if_it_fits
 
 if TYPE_CHECKING:
     Batch = Mapping[str, Any]  # of arrays, NumPy's or jax's, [batch, seq]
@@ -134,12 +135,15 @@ class _Loop:
             chunk_size=config.chunk_size,
         )
         parts, tokens = config.accumulate, config.batch_size * config.seq_len
-        self.step = make_train_step(
-            tx,
-            accumulate=parts,
-            loss_sum=loss_sum,
-            neftune_alpha=config.neftune_alpha,
-            compiler_options=step_options(tokens // parts),
+        self.step = tuned_if_it_fits(
+            lambda options: make_train_step(
+                tx,
+                accumulate=parts,
+                loss_sum=loss_sum,
+                neftune_alpha=config.neftune_alpha,
+                compiler_options=options,
+            ),
+            tokens // parts,
         )
         self.key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self.callbacks = [*callbacks, run.log] if run is not None else callbacks

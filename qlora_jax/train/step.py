@@ -106,17 +106,25 @@ def make_train_step(
     return step
 
 
-def step_options(tokens: int) -> dict[str, Any]:
+def step_options(tokens: int, *, tune: bool = True) -> dict[str, Any]:
     """Returns the options of XLA that suit a step of so many tokens at a time.
 
     Of large products on an NVIDIA GPU the library's are the fastest, which also add
     what is added to a product (an adapter's to the base's) on the way out; XLA's own,
     which it writes in Triton, would be chosen for some and leave the sums to further
     passes. Of few tokens they are faster. docs/performance.md has the measurements.
+
+    Args:
+        tokens: of a step, or of a part of it.
+        tune: whether XLA may try the ways to compute a product, on operands of its own:
+            with a large vocabulary that takes another copy of the head while it
+            compiles. Otherwise the library's first choice is taken.
     """
-    if tokens < _MANY_TOKENS or jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu":
         return {}
-    return {"xla_gpu_enable_triton_gemm": False}
+    if not tune:
+        return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    return {} if tokens < _MANY_TOKENS else {"xla_gpu_enable_triton_gemm": False}
 
 
 def _split_rows(parts: int, x: "Array") -> "Array":

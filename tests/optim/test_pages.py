@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.optim import pages
 from qlora_jax.optim.memory import to_host
 from qlora_jax.optim.pages import evaluate_by_page, plan_pages
 
@@ -14,19 +15,19 @@ def bits(*members):
 
 
 def test_what_meets_in_an_output_shares_a_page():
-    pages = plan_pages([8] * 5, [bits(0, 2), bits(1), bits(1, 3), 0], page_size=1)
-    assert [page.inputs for page in pages] == [(4,), (0, 2), (1, 3)]
-    assert [page.outputs for page in pages] == [(), (0,), (1, 2)]
+    planned = plan_pages([8] * 5, [bits(0, 2), bits(1), bits(1, 3), 0], page_size=1)
+    assert [page.inputs for page in planned] == [(4,), (0, 2), (1, 3)]
+    assert [page.outputs for page in planned] == [(), (0,), (1, 2)]
 
 
 def test_pages_are_filled_small_ones_first():
-    pages = plan_pages([10, 40, 10, 30, 20], [0] * 5, page_size=50)
-    assert [page.inputs for page in pages] == [(0, 2, 4), (3,), (1,)]
+    planned = plan_pages([10, 40, 10, 30, 20], [0] * 5, page_size=50)
+    assert [page.inputs for page in planned] == [(0, 2, 4), (3,), (1,)]
 
 
 def test_a_group_larger_than_a_page_is_a_page():
-    pages = plan_pages([10, 10, 10], [bits(0, 1)], page_size=15)
-    assert [page.inputs for page in pages] == [(2,), (0, 1)]
+    planned = plan_pages([10, 10, 10], [bits(0, 1)], page_size=15)
+    assert [page.inputs for page in planned] == [(2,), (0, 1)]
 
 
 def host_arrays(count):
@@ -122,3 +123,25 @@ def test_the_first_fetch_waits_for_what_is_summed_up_for_all_pages():
             if space == jax.memory.Space.Device:
                 fetches.append(waits)
     assert fetches == [True, True]
+
+
+def test_arrays_of_a_large_page_come_one_behind_those_that_leave(monkeypatch):
+    monkeypatch.setattr(pages, "_LARGE", 100)
+    args = host_arrays(6)  # two pages of three arrays of 64 bytes
+    traced = jax.make_jaxpr(
+        lambda *xs: evaluate_by_page(
+            lambda a, b, c, d, e, f: (
+                [x + a + b + c for x in (a, b, c)] + [x + d + e + f for x in (d, e, f)]
+            ),
+            xs,
+            page_size=1,
+            host_outputs=range(6),
+        )
+    )(*args)
+    found = transfers(traced.jaxpr)
+    fetches = [before for to_host, before in found if not to_host]
+    writes = [i for i, (to_host, _) in enumerate(found) if to_host]
+    # the second page: an array comes when one more than before it has left
+    for n in range(3):
+        assert set(writes[: n + 1]) <= fetches[3 + n]
+        assert not set(writes[n + 1 :]) & fetches[3 + n]
