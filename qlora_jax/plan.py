@@ -10,8 +10,9 @@ from qlora_jax.quant import FORMATS
 from qlora_jax.train import TrainConfig
 
 _BLOCK, _NESTED_BLOCK = 64, 256
-# As `optim.paged` cuts it by default.
-_PAGE = 2**26
+# As `optim.paged` cuts it by default, and from what size on `optim.pages` has no array of
+# one page beside another.
+_PAGE, _LARGE_PAGE = 2**26, 2**30
 # As `models.llama` cuts a recomputed MLP.
 _MLP_ROWS = 4096
 # Bytes of optimizer state a trained number, by `TrainConfig.algorithm`.
@@ -109,7 +110,7 @@ def plan_memory(
     if paged:
         host["optimizer state"] = int(state)
         # Pages come when the activations are gone.
-        page = _page_bytes(config, train, lean)
+        page = _page_bytes(config, train, adapter_bytes, lean)
         device["activations, or pages of state"] = max(during_layers, page)
     else:
         device["optimizer state"] = int(state)
@@ -191,9 +192,25 @@ def _loss_bytes(config: LlamaConfig, train: TrainConfig, width: int) -> int:
     return rows * config.vocab_size * (4 + width)
 
 
-def _page_bytes(config: LlamaConfig, train: TrainConfig, lean: bool) -> int:
-    """Bytes of state on the device at a time: leaves are paged whole."""
+def _page_bytes(
+    config: LlamaConfig, train: TrainConfig, adapter_bytes: int, lean: bool
+) -> int:
+    """Bytes of state on the device at a time, less gradients that are gone by then.
+
+    Leaves are paged whole, small ones first, and each has its gradient until then.
+    """
     each = _STATE_BYTES[train.algorithm] + (4 if lean else 0)
-    sides = (side for shape in config.linear_shapes().values() for side in shape)
-    largest = config.num_layers * train.rank * max(sides)
-    return math.ceil(max(_PAGE, largest * each))
+    arrays = 3 if lean else 2
+    sides = [side for shape in config.linear_shapes().values() for side in shape]
+    leaves = sorted(config.num_layers * train.rank * side for side in sides)
+    most, freed, before = 0.0, 0, 0.0
+    while leaves:
+        page = [leaves.pop(0)]
+        while leaves and (sum(page) + leaves[0]) * each <= _PAGE:
+            page.append(leaves.pop(0))
+        size = sum(page) * each
+        beside = 0 if size > _LARGE_PAGE else before
+        most = max(most, size + beside - freed * adapter_bytes)
+        freed += sum(page)
+        before = page[-1] * each / arrays
+    return math.ceil(most)
