@@ -58,7 +58,8 @@ class Case:
 CASES = [
     Case("none 4x2048", 4, 2048, "none", unroll=True),
     Case("full 4x2048", 4, 2048, "full", chunk_size=512),
-    Case("offload 4x2048", 4, 2048, "offload", "paged", chunk_size=512),
+    Case("offload 4x2048", 4, 2048, "offload", chunk_size=512),
+    Case("offload paged 4x2048", 4, 2048, "offload", "paged", chunk_size=512),
     Case("attention 4x2048", 4, 2048, "attention"),
     Case("device 1x512", 1, 512, "none", unroll=True, chunk_size=512, steps=20),
     Case("paged 1x512", 1, 512, "full", "paged", chunk_size=128, steps=20),
@@ -150,7 +151,9 @@ def measure(case: Case) -> dict:
         tx,
         accumulate=case.accumulate,
         loss_sum=loss_sum,
-        compiler_options=step_options(case.batch * case.seq // case.accumulate),
+        compiler_options=step_options(
+            case.batch * case.seq // case.accumulate, remat=case.remat
+        ),
     )
     shape = (case.batch, case.seq)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)

@@ -139,7 +139,7 @@ class _Loop:
             accumulate=parts,
             loss_sum=loss_sum,
             neftune_alpha=config.neftune_alpha,
-            compiler_options=step_options(tokens // parts),
+            compiler_options=step_options(tokens // parts, remat=config.remat),
         )
         self.key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self.callbacks = [*callbacks, run.log] if run is not None else callbacks

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Measured on an H200 at 512 (Triton 4 % faster) and 8192 tokens (2 % slower).
 _MANY_TOKENS = 4096
+# All that XLA puts into CUDA graphs but slices, of which copies to and from the host are.
+_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"
 # Beside the paths by which `join_trainable` folds the key for each weight's dropout.
 _NOISE = zlib.crc32(b"noise on the embeddings")
 
@@ -106,17 +108,29 @@ def make_train_step(
     return step
 
 
-def step_options(tokens: int) -> dict[str, Any]:
+def step_options(tokens: int, *, remat: str = "full") -> dict[str, Any]:
     """Returns the options of XLA that suit a step of so many tokens at a time.
 
     Of large products on an NVIDIA GPU the library's are the fastest, which also add
     what is added to a product (an adapter's to the base's) on the way out; XLA's own,
     which it writes in Triton, would be chosen for some and leave the sums to further
     passes. Of few tokens they are faster. docs/performance.md has the measurements.
+
+    Copies of "offload" are kept out of CUDA graphs: in one of those a copy and the
+    kernels around it run one after another.
+
+    Args:
+        tokens: of a step, or of a part of it with accumulation.
+        remat: what the step recomputes, see `models.remat.Remat`.
     """
-    if tokens < _MANY_TOKENS or jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu":
         return {}
-    return {"xla_gpu_enable_triton_gemm": False}
+    options: dict[str, Any] = {}
+    if tokens >= _MANY_TOKENS:
+        options["xla_gpu_enable_triton_gemm"] = False
+    if remat == "offload":
+        options["xla_gpu_enable_command_buffer"] = _IN_GRAPHS
+    return options
 
 
 def _split_rows(parts: int, x: "Array") -> "Array":
