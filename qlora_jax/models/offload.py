@@ -73,7 +73,8 @@ def run_offloaded(layer: KeepingLayer, x: jax.Array, stack: Any) -> jax.Array:
         return y, (last, host, leaves, trained)
 
     def run_bwd(residuals, dy):
-        return _backward(apply, *residuals, dy)
+        last, host, leaves, trained = residuals
+        return _backward(apply, last, host, leaves, trained, dy)
 
     run.defvjp(run_fwd, run_bwd, symbolic_zeros=True)
     return run(x, leaves)

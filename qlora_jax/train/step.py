@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Measured on an H200 at 512 (Triton 4 % faster) and 8192 tokens (2 % slower).
 _MANY_TOKENS = 4096
-# All that XLA puts into CUDA graphs but slices, of which copies to and from the host are.
+# What XLA puts into CUDA graphs, but slices, as copies to and from the host are.
 _IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"
 # Beside the paths by which `join_trainable` folds the key for each weight's dropout.
 _NOISE = zlib.crc32(b"noise on the embeddings")

@@ -115,9 +115,9 @@ def count(parts, remat, primitive):
 
 
 # Products of a layer without recomputation. Forward 7 of the base, 2 x 4 of the
-# adapters, whose first products are shared by q, k, v and by gate, up (7 + 4); backward
-# 7, and 2 x (7 + 4). Scores and values, and their gradients; XLA's form makes the scores
-# again.
+# adapters, whose first products are shared by q, k, v and by gate, up (7 + 4);
+# backward 7, and 2 x (7 + 4). Scores and values, and their gradients; XLA's form makes
+# the scores again.
 BASE, ADAPTERS, ATTENTION = 7, 7 + 4, 2
 ONCE = 2 * BASE + 3 * ADAPTERS + (3 * ATTENTION + 1)
 
