@@ -6,7 +6,8 @@
 
 Kernels are sorted by their names. Products of the base and of adapters have the same
 ones, and are told apart by how long they take; what follows the last product is the
-optimizer.
+optimizer. Of copies to and from the host's memory only what goes on beside no kernel
+is counted.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import re
 
 # What is found first holds.
 KINDS = [
+    ("copies with the host", r"memcpy(h2d|d2h)"),
     ("attention", r"sdpa|fmha|compute_dot_do_o|convert_dq|cudnn"),
     ("decoding of weights", r"dequantize"),
     ("fused products", r"packed_matmul|matvec"),
@@ -64,6 +66,15 @@ def top(events: list[tuple[str, float, float]], count: int) -> str:
     )
 
 
+def busy(events: list[tuple[str, float, float]]) -> float:
+    """Microseconds in which at least one of the events goes on."""
+    total, end = 0.0, 0.0
+    for _, start, taken in sorted(events, key=lambda event: event[1]):
+        total += max(start + taken - max(start, end), 0)
+        end = max(end, start + taken)
+    return total
+
+
 def breakdown(
     events: list[tuple[str, float, float]], thin: float
 ) -> dict[str, tuple[float, int]]:
@@ -74,20 +85,22 @@ def breakdown(
         thin: products that take fewer microseconds are those of adapters.
     """
     found: dict[str, tuple[float, int]] = collections.defaultdict(lambda: (0.0, 0))
-    busy, end = 0.0, 0.0
     last = max(
         (start for name, start, _ in events if "prod" in kind_of(name)), default=0
     )
-    for name, start, taken in sorted(events, key=lambda event: event[1]):
+    host = [event for event in events if kind_of(event[0]) == KINDS[0][0]]
+    rest = [event for event in events if kind_of(event[0]) != KINDS[0][0]]
+    for name, start, taken in rest:
         kind = kind_of(name) if start <= last else "optimizer"
         if kind == "products":
             kind = "products of adapters" if taken < thin else "products of the base"
         total, count = found[kind]
         found[kind] = total + taken / 1e3, count + 1
-        busy += max(start + taken - max(start, end), 0)
-        end = max(end, start + taken)
+    if host:
+        found[KINDS[0][0]] = (busy(events) - busy(rest)) / 1e3, len(host)
     begin = min(start for _, start, _ in events)
-    found["gaps"] = (end - begin - busy) / 1e3, 0
+    end = max(start + taken for _, start, taken in events)
+    found["gaps"] = (end - begin - busy(events)) / 1e3, 0
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 

@@ -59,8 +59,9 @@ class Case:
 
 CASES = [
     Case("none 4x2048", 4, 2048, "none", unroll=True),
-    Case("full 4x2048", 4, 2048, "full", chunk_size=512),
-    Case("offload 4x2048", 4, 2048, "offload", "paged", chunk_size=512),
+    Case("full 4x2048", 4, 2048, "full", unroll=True, chunk_size=512),
+    Case("offload 4x2048", 4, 2048, "offload", chunk_size=512),
+    Case("offload paged 4x2048", 4, 2048, "offload", "paged", chunk_size=512),
     Case("attention 4x2048", 4, 2048, "attention"),
     Case("device 1x512", 1, 512, "none", unroll=True, chunk_size=512, steps=20),
     Case(
@@ -159,7 +160,9 @@ def measure(case: Case) -> dict:
         accumulate=case.accumulate,
         loss_sum=loss_sum,
         compiler_options=step_options(
-            case.batch * case.seq // case.accumulate, tune=case.tune
+            case.batch * case.seq // case.accumulate,
+            remat=case.remat,
+            tune=case.tune,
         ),
     )
     shape = (case.batch, case.seq)

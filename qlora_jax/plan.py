@@ -10,8 +10,8 @@ from qlora_jax.quant import FORMATS
 from qlora_jax.train import TrainConfig
 
 _BLOCK, _NESTED_BLOCK = 64, 256
-# As `optim.paged` cuts it by default, and from what size on `optim.pages` has no array of
-# one page beside another.
+# As `optim.paged` cuts it by default, and from what size on `optim.pages` has no array
+# of one page beside another.
 _PAGE, _LARGE_PAGE = 2**26, 2**30
 # As `models.llama` cuts a recomputed MLP.
 _MLP_ROWS = 4096
@@ -116,7 +116,7 @@ def plan_memory(
         device["optimizer state"] = int(state)
         device["activations"] = during_layers
     if on_host:
-        host["layer inputs"] = on_host
+        host["activations"] = on_host
     return MemoryPlan({k: int(v) for k, v in device.items()}, host)
 
 
@@ -165,15 +165,16 @@ def _kept_activations(
         case "full":
             return layers * tokens * hidden * width, 0
         case "offload":
-            return 0, layers * tokens * hidden * width
+            return 0, layers * tokens * (2 * hidden + qkv) * width
     raise ValueError(f"{train.remat=} is unknown.")
 
 
 def _layer_bytes(config: LlamaConfig, train: TrainConfig, width: int) -> int:
     """Bytes of the backward of one layer."""
     tokens = _tokens(train)
-    chunked = train.remat != "none" and tokens % _MLP_ROWS == 0 and not train.dropout
-    rows = min(tokens, _MLP_ROWS) if chunked else tokens
+    most = 2 * _MLP_ROWS if train.remat == "offload" else _MLP_ROWS
+    chunked = train.remat != "none" and tokens % most == 0 and not train.dropout
+    rows = min(tokens, most) if chunked else tokens
     # gate, up, the gradient of their product, and those of both; of the hidden size:
     # the input, q, k, v, what attention gives, two normed, and a gradient.
     wide = 2 if train.remat == "none" else 5

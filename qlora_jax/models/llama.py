@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from qlora_jax.models.attention import attention
 from qlora_jax.models.config import MLP_WEIGHTS, LlamaConfig
 from qlora_jax.models.inputs import Gated, Normed
+from qlora_jax.models.offload import Keep
 from qlora_jax.models.remat import Remat, run_layers
 from qlora_jax.models.stack import stack_of
 
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
 
 # Tokens that go through an MLP at a time where it is recomputed: enough for a matmul to
-# reach its speed. Layers that are compiled one by one leave memory for more.
-_MLP_ROWS, _MLP_ROWS_UNROLLED = 4096, 8192
+# reach its speed. Layers that are compiled one by one leave memory for more, and those
+# whose inputs are on the host.
+_MLP_ROWS, _MLP_ROWS_MORE = 4096, 8192
 
 
 @jax.tree_util.register_dataclass
@@ -220,6 +222,7 @@ class Layer(nnx.Module):
         rotation: "Rotation",
         attend: "Attend",
         mlp_rows: int | None = None,
+        keep: "Keep" = checkpoint_name,
     ) -> "Float[Array, 'b t d']":
         """Applies one layer.
 
@@ -228,6 +231,7 @@ class Layer(nnx.Module):
             rotation: cosine and sine of the angles of each token.
             attend: (q, k, v) -> the attention, with its mask.
             mlp_rows: tokens that go through the MLP at a time; None for all.
+            keep: what the values that may be kept for the backward go through.
         """
         shape = x.shape
         if self._is_rowwise(self.config.linear_shapes()):
@@ -241,10 +245,11 @@ class Layer(nnx.Module):
             for y, name in zip(projected, "qkv", strict=True)
         )
         q, k = rotate(q, rotation), rotate(k, rotation)
-        q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
-        mixed = checkpoint_name(attend(q, k, v), "attention")
+        q, k, v = keep((q, k, v), "qkv")
+        mixed = keep(attend(q, k, v), "attention")
         mixed = mixed.reshape(*x.shape[:-1], -1)
-        (x,) = self._project(mixed, "o_proj", onto=x, name="residual")
+        (x,) = self._project(mixed, "o_proj", onto=x)
+        x = keep(x, "residual")
         return self._in_chunks(self._mlp, x, mlp_rows).reshape(shape)
 
     def _mlp(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b d']":
@@ -369,12 +374,13 @@ class Llama(nnx.Module):
 
         graph, sliced, at_layer = stack_of(self.layers)
         # The activations of the MLP are the widest: recomputed, they come in chunks.
-        mlp_rows = _MLP_ROWS_UNROLLED if unroll else _MLP_ROWS
+        has_room = unroll or remat == "offload"
+        mlp_rows = _MLP_ROWS_MORE if has_room else _MLP_ROWS
         mlp_rows = None if remat == "none" else mlp_rows
 
-        def layer(x, number_and_slices):
+        def layer(x, number_and_slices, keep):
             layer = nnx.merge(graph, at_layer(*number_and_slices))
-            return layer(x, rotation, attend, mlp_rows)
+            return layer(x, rotation, attend, mlp_rows, keep)
 
         x = self.embed[...][tokens]
         x = x if perturb is None else perturb(x)

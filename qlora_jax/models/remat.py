@@ -7,12 +7,15 @@ import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from qlora_jax.models.offload import KeepingLayer, run_offloaded
+
 # What is kept of a layer for the backward pass; the rest is recomputed.
 #   none       what products and attention give, so that nothing that takes long is
 #              computed twice: norms, rotations and the gate's nonlinearity are
 #   full       its input
 #   attention  its input and what attention gives
-#   offload    its input, in the host's memory
+#   offload    its input, q, k, v and the residual stream in the middle, in the host's
+#              memory; the MLP and attention itself are recomputed
 Remat = Literal["none", "full", "attention", "offload"]
 
 # Names that a layer gives by `checkpoint_name`. "low_rank" is what an adapter's first
@@ -30,22 +33,28 @@ _EXPENSIVE = (
 Layer = Callable[[Any, Any], Any]
 
 
-def run_layers(layer: Layer, x: Any, stack: Any, *, remat: Remat, unroll: bool) -> Any:
+def run_layers(
+    layer: KeepingLayer, x: Any, stack: Any, *, remat: Remat, unroll: bool
+) -> Any:
     """Applies stacked layers one after another.
 
     Args:
-        layer: (x, slice of the stack) -> x.
+        layer: (x, slice of the stack, keep) -> x, which calls keep(value, name) with
+            what may be kept, and goes on with what that returns.
         x: the input of the first one.
         stack: a tree of arrays [layers, ...].
         remat: what is kept for the backward.
-        unroll: whether each layer is compiled by itself; else they are one loop.
+        unroll: whether each layer is compiled by itself; else they are one loop, and
+            those of "offload" always are.
 
     Raises:
         ValueError: if `remat` is unknown.
     """
+    if remat == "offload":
+        return run_offloaded(layer, x, stack)
 
     def named(x, slices):
-        return layer(checkpoint_name(x, "layer_input"), slices)
+        return layer(x, slices, checkpoint_name)
 
     # In a loop the backward is another loop, where nothing can be merged with the
     # forward: no need to prevent common subexpressions.
@@ -71,13 +80,6 @@ def _rematerialised(layer: Layer, remat: Remat, *, prevent_cse: bool) -> Layer:
             policy = None
         case "attention":
             policy = _keep(_ATTENTION)
-        case "offload":
-            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
-                names_which_can_be_offloaded=["layer_input"],
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
         case _:
             raise ValueError(f"{remat=} must be one of {', '.join(get_args(Remat))}.")
     return jax.checkpoint(layer, prevent_cse=prevent_cse, policy=policy)

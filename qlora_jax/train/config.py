@@ -45,8 +45,8 @@ class TrainConfig:
             computed.
         seq_len: tokens of a row.
         remat: what the backward recomputes of a layer, to save memory: "full" is all,
-            and so is "offload", with its input on the host; "attention" is all but
-            that, and with "none" it is nothing that takes long.
+            "attention" all but that, "offload" the MLP and attention itself, with what
+            they start from on the host; with "none" it is nothing that takes long.
         unroll: compile layers one by one: longer to compile, and faster with
             remat="none".
         chunk_size: tokens whose logits are in memory at a time.

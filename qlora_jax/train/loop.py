@@ -30,7 +30,7 @@ from qlora_jax.throughput import flops_per_token, peak_flops
 from qlora_jax.train.config import TrainConfig, check_same_run
 from qlora_jax.train.loss import next_token_loss_sum
 from qlora_jax.train.progress import NonfiniteError, Progress
-from qlora_jax.train.step import make_train_step
+from qlora_jax.train.step import make_train_step, step_options
 from qlora_jax.train.stop import Interruption, Stopped, StopRequest
 from qlora_jax.train.tuning import tuned_if_it_fits
 
@@ -143,7 +143,7 @@ class _Loop:
                 neftune_alpha=config.neftune_alpha,
                 compiler_options=options,
             ),
-            tokens // parts,
+            functools.partial(step_options, tokens // parts, remat=config.remat),
         )
         self.key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self.callbacks = [*callbacks, run.log] if run is not None else callbacks

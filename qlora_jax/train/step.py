@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Measured on an H200 at 512 (Triton 4 % faster) and 8192 tokens (2 % slower).
 _MANY_TOKENS = 4096
+# What XLA puts into CUDA graphs, but slices, as copies to and from the host are.
+_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"
 # Beside the paths by which `join_trainable` folds the key for each weight's dropout.
 _NOISE = zlib.crc32(b"noise on the embeddings")
 
@@ -106,7 +108,9 @@ def make_train_step(
     return step
 
 
-def step_options(tokens: int, *, tune: bool = True) -> dict[str, Any]:
+def step_options(
+    tokens: int, *, remat: str = "full", tune: bool = True
+) -> dict[str, Any]:
     """Returns the options of XLA that suit a step of so many tokens at a time.
 
     Of large products on an NVIDIA GPU the library's are the fastest, which also add
@@ -114,17 +118,26 @@ def step_options(tokens: int, *, tune: bool = True) -> dict[str, Any]:
     which it writes in Triton, would be chosen for some and leave the sums to further
     passes. Of few tokens they are faster. docs/performance.md has the measurements.
 
+    Copies of "offload" are kept out of CUDA graphs: in one of those a copy and the
+    kernels around it run one after another.
+
     Args:
-        tokens: of a step, or of a part of it.
+        tokens: of a step, or of a part of it with accumulation.
+        remat: what the step recomputes, see `models.remat.Remat`.
         tune: whether XLA may try the ways to compute a product, on operands of its own:
             with a large vocabulary that takes another copy of the head while it
             compiles. Otherwise the library's first choice is taken.
     """
     if jax.default_backend() != "gpu":
         return {}
+    options: dict[str, Any] = {}
+    if tokens >= _MANY_TOKENS or not tune:
+        options["xla_gpu_enable_triton_gemm"] = False
     if not tune:
-        return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-    return {} if tokens < _MANY_TOKENS else {"xla_gpu_enable_triton_gemm": False}
+        options["xla_gpu_autotune_level"] = 0
+    if remat == "offload":
+        options["xla_gpu_enable_command_buffer"] = _IN_GRAPHS
+    return options
 
 
 def _split_rows(parts: int, x: "Array") -> "Array":

@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 
-from qlora_jax.train.step import step_options
-
 
 def tuned_if_it_fits(
-    make: Callable[[Mapping[str, Any]], Callable[..., Any]], tokens: int
+    make: Callable[[Mapping[str, Any]], Callable[..., Any]],
+    options: Callable[..., Mapping[str, Any]],
 ) -> Callable[..., Any]:
     """Returns the step with XLA's tuning, or without where memory is short for it.
 
@@ -20,23 +19,21 @@ def tuned_if_it_fits(
 
     Args:
         make: makes the step with options of XLA.
-        tokens: of a step, or of a part of it, as for `step_options`.
+        options: (tune) -> options of XLA, as `step_options` of the tokens of a step.
 
     Returns:
         The step. It raises as `make`'s does if it does not fit without tuning either.
     """
-    step = make(step_options(tokens))
-    tuned = True
+    step, tuned = make(options(tune=True)), True
 
     def call(*args):
         nonlocal step, tuned
         try:
             return step(*args)
         except jax.errors.JaxRuntimeError as error:
-            options = step_options(tokens, tune=False)
             if (
                 not tuned
-                or options == step_options(tokens)
+                or options(tune=False) == options(tune=True)
                 or "RESOURCE_EXHAUSTED" not in str(error)
                 or any(_is_deleted(x) for x in jax.tree.leaves(args))
             ):
@@ -46,7 +43,7 @@ def tuned_if_it_fits(
             "is compiled without, which may cost some percent of its speed.",
             stacklevel=2,
         )
-        step, tuned = make(options), False
+        step, tuned = make(options(tune=False)), False
         return step(*args)
 
     return call

@@ -11,7 +11,12 @@ import pytest
 import qlora_jax as ql
 from benchmarks.models import SHAPES, random_model
 from qlora_jax.models import LlamaConfig
-from qlora_jax.train import committed, next_token_loss_sum, step_options
+from qlora_jax.train import (
+    committed,
+    next_token_loss,
+    next_token_loss_sum,
+    step_options,
+)
 from tests.tolerances import STEP_COSINE
 from tests.train.exact import cosines, gradient, models
 
@@ -49,6 +54,25 @@ def test_gradients_are_those_of_the_float32_model(rows, seq, packed):
             assert cosine >= STEP_COSINE, (remat, path)
 
 
+def test_what_waits_on_the_host_comes_back_as_it_was():
+    """Each layer's, and before it is read: the copies go beside the kernels."""
+    deep = dataclasses.replace(CONFIG, num_layers=6)
+    trainable, frozen, _ = models(deep, rank=16)
+    data = batch(4, 2048)
+
+    def found(remat):
+        def loss(trainable, frozen):
+            model = ql.join_trainable(trainable, frozen)
+            return next_token_loss(model, data, remat=remat)
+
+        options = step_options(4 * 2048, remat=remat)
+        return jax.jit(jax.grad(loss), compiler_options=options)(trainable, frozen)
+
+    expected = found("full")
+    for path, cosine in cosines(found("offload"), expected).items():
+        assert cosine >= STEP_COSINE, path
+
+
 def trained(remat, tx, steps=6):
     """Losses of a repeated batch."""
     config = dataclasses.replace(SHAPES["Llama-3-8B"], num_layers=2, vocab_size=4096)
@@ -59,7 +83,7 @@ def trained(remat, tx, steps=6):
     def loss_sum(model, batch):
         return next_token_loss_sum(model, batch, remat=remat)
 
-    options = step_options(2048)
+    options = step_options(2048, remat=remat)
     step = ql.make_train_step(tx, loss_sum=loss_sum, compiler_options=options)
     losses = []
     for _ in range(steps):

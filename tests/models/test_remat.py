@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
+from jax.interpreters import partial_eval
 
 from qlora_jax.lora import add_lora, join_trainable, split_trainable
 from qlora_jax.models import Llama, LlamaConfig, llama
+from qlora_jax.plan import plan_memory
 from qlora_jax.quant import quantize
+from qlora_jax.train import TrainConfig
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -111,15 +114,55 @@ def count(parts, remat, primitive):
     return sum(equation.primitive.name == primitive for equation in found)
 
 
+# Products of a layer without recomputation. Forward 7 of the base, 2 x 4 of the
+# adapters, whose first products are shared by q, k, v and by gate, up (7 + 4);
+# backward 7, and 2 x (7 + 4). Scores and values, and their gradients; XLA's form makes
+# the scores again.
+BASE, ADAPTERS, ATTENTION = 7, 7 + 4, 2
+ONCE = 2 * BASE + 3 * ADAPTERS + (3 * ATTENTION + 1)
+
+
 def test_without_recomputation_no_product_is_computed_twice(parts):
-    # In a layer: forward 7 of the base, 2 x 4 of the adapters, whose first products
-    # are shared by q, k, v and by gate, up (7 + 4); backward 7, and 2 x (7 + 4).
-    base, adapters = 7, 7 + 4
-    # Scores and values, and their gradients; XLA's form makes the scores again.
-    attention = 2 + 4 + 1
-    once = 2 * base + 3 * adapters + attention
-    assert count(parts, "none", "dot_general") == once
-    assert count(parts, "full", "dot_general") > once + base
+    assert count(parts, "none", "dot_general") == ONCE
+    assert count(parts, "full", "dot_general") > ONCE + BASE
+
+
+def test_of_what_is_on_the_host_no_product_is_computed_twice(parts):
+    found = equations(program(parts, None, "offload"))
+    (loop,) = [e for e in found if e.primitive.name == "while"]
+    backward = loop.params["body_jaxpr"].jaxpr
+    # Without what nobody reads, which the compiler leaves out.
+    backward = partial_eval.dce_jaxpr(backward, [True] * len(backward.outvars))[0]
+    found = sum(e.primitive.name == "dot_general" for e in equations(backward))
+    # Again: gate and up, their adapters, whose first product is shared, and attention;
+    # the first products of the adapters of q, k, v and of o.
+    again = 2 + (1 + 2) + ATTENTION + (1 + 1)
+    assert found == ONCE - (BASE + ADAPTERS + ATTENTION) + again
+
+
+def test_what_is_kept_of_a_layer_is_on_the_host(parts):
+    def on_host(value):
+        space = getattr(value.aval, "memory_space", None)
+        return space == jax.memory.Space.Host
+
+    outputs = [
+        v.aval
+        for e in equations(program(parts, None, "offload"))
+        if e.primitive.name == "scan"
+        for v in e.outvars
+        if on_host(v)
+    ]
+    layers, (rows, tokens), hidden = CONFIG.num_layers, TOKENS.shape, 64
+    heads = CONFIG.num_heads + 2 * CONFIG.num_kv_heads
+    assert [aval.shape for aval in outputs] == [
+        (layers, rows, tokens, hidden),
+        (layers, rows, tokens, heads, CONFIG.head_dim),
+        (layers, rows * tokens, hidden),
+    ]
+    train = TrainConfig(batch_size=rows, seq_len=tokens, remat="offload")
+    planned = plan_memory(CONFIG, train, dtype="float32", paged=False).host
+    found = sum(aval.size * aval.dtype.itemsize for aval in outputs)
+    assert planned == {"activations": found}
 
 
 def test_layers_one_by_one_are_no_loop(parts):

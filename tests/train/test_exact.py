@@ -18,7 +18,9 @@ CONFIG = LlamaConfig(
 )
 
 
-@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"remat": "full"}, {"remat": "none"}, {"remat": "offload"}], ids=str
+)
 def test_gradients_are_those_of_the_float32_model(options):
     trainable, frozen, exact = models(CONFIG, rank=8)
     tokens = jax.random.randint(jax.random.key(3), (2, 48), 0, 256)

@@ -83,10 +83,14 @@ def test_a_loss_that_is_no_number_makes_no_step(model):
 
 
 def test_options_of_the_compiler_are_for_many_tokens_on_a_gpu(monkeypatch):
-    assert step_options(8192) == {}
+    assert step_options(8192, remat="offload") == {}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert step_options(8192) == {"xla_gpu_enable_triton_gemm": False}
     assert step_options(512) == {}
+    # What travels to the host does so beside the kernels, not between them.
+    (graphs,) = step_options(512, remat="offload").values()
+    assert "FUSION" in graphs.split(",")
+    assert not any("SLICE" in kind for kind in graphs.split(","))
 
 
 def test_codes_stay_codes(model):

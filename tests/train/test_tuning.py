@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qlora_jax.train import tuning
 from qlora_jax.train.tuning import tuned_if_it_fits
 
 OUT_OF_MEMORY = jax.errors.JaxRuntimeError(
@@ -12,7 +11,7 @@ OUT_OF_MEMORY = jax.errors.JaxRuntimeError(
 )
 
 
-def options(tokens, *, tune=True):
+def options(tune):
     return {"tuned": tune}
 
 
@@ -34,14 +33,9 @@ def step_that_fails(error, made, always=False, donated=None):
     return make
 
 
-@pytest.fixture(autouse=True)
-def own_options(monkeypatch):
-    monkeypatch.setattr(tuning, "step_options", options)
-
-
 def test_compiles_again_without_tuning_and_says_so():
     made = []
-    step = tuned_if_it_fits(step_that_fails(OUT_OF_MEMORY, made), 512)
+    step = tuned_if_it_fits(step_that_fails(OUT_OF_MEMORY, made), options)
     with pytest.warns(UserWarning, match="no device memory left to tune"):
         assert step(jnp.float32(1)) == 2
     assert step(jnp.float32(2)) == 3
@@ -50,7 +44,7 @@ def test_compiles_again_without_tuning_and_says_so():
 
 def test_a_step_that_does_not_fit_at_all_raises():
     made = []
-    step = tuned_if_it_fits(step_that_fails(OUT_OF_MEMORY, made, always=True), 512)
+    step = tuned_if_it_fits(step_that_fails(OUT_OF_MEMORY, made, always=True), options)
     with (
         pytest.warns(UserWarning),
         pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"),
@@ -62,7 +56,7 @@ def test_a_step_that_does_not_fit_at_all_raises():
 def test_other_errors_are_not_taken_for_it():
     made = []
     error = jax.errors.JaxRuntimeError("INTERNAL: something else")
-    step = tuned_if_it_fits(step_that_fails(error, made), 512)
+    step = tuned_if_it_fits(step_that_fails(error, made), options)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         step(jnp.float32(1))
     assert made == [True]
@@ -70,16 +64,17 @@ def test_other_errors_are_not_taken_for_it():
 
 def test_not_where_the_arguments_are_gone():
     made, x = [], jnp.ones([2])
-    step = tuned_if_it_fits(step_that_fails(OUT_OF_MEMORY, made, donated=x), 512)
+    step = tuned_if_it_fits(step_that_fails(OUT_OF_MEMORY, made, donated=x), options)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         step(x)
     assert made == [True]
 
 
-def test_not_where_nothing_is_tuned(monkeypatch):
-    monkeypatch.setattr(tuning, "step_options", lambda tokens, tune=True: {"tuned": 1})
+def test_not_where_nothing_is_tuned():
     made = []
-    step = tuned_if_it_fits(step_that_fails(OUT_OF_MEMORY, made), 512)
+    step = tuned_if_it_fits(
+        step_that_fails(OUT_OF_MEMORY, made), lambda tune: {"tuned": True}
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         step(jnp.float32(1))
-    assert made == [1]
+    assert made == [True]
