@@ -10,12 +10,11 @@ from qlora_jax.models import Llama, LlamaConfig
 from qlora_jax.plan import plan_memory
 from qlora_jax.train import TrainConfig
 
+TINY = LlamaConfig(64, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2)
 SHORT = TrainConfig(
     rank=64, dropout=0.0, batch_size=1, seq_len=512, remat="full", chunk_size=128
 )
 LONG = dataclasses.replace(SHORT, batch_size=4, seq_len=2048, chunk_size=512)
-
-TINY = LlamaConfig(64, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2)
 
 # GB that XLA's buffer assignment for an H200 gives the step of benchmarks/finetune.py:
 # arguments and temporaries (JAX 0.11.2, compiled without the device).
