@@ -9,6 +9,8 @@ from safetensors.numpy import save_file
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.unoptimized
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

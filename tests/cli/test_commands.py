@@ -18,6 +18,8 @@ from qlora_jax import (
 from qlora_jax.cli.main import main
 from tests.interop.folders import write_folder
 
+pytestmark = pytest.mark.unoptimized
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
