@@ -80,11 +80,13 @@ def plan_memory(
             `with_master`; else float32 adapters and gradients.
 
     Raises:
-        ValueError: if there is no such format.
+        ValueError: if there is no such format, or an adapter of that rank has no place
+            beside one of the weights.
     """
     train = TrainConfig() if train is None else train
     width = _itemsize(dtype)
     linear = config.linear_shapes()
+    _check_rank(linear, train.rank)
     numbers = config.num_layers * sum(k * n for k, n in linear.values())
     trained = _adapter_numbers(config, train.rank)
     tied = 1 if config.tie_embeddings else 2
@@ -118,6 +120,16 @@ def plan_memory(
     if on_host:
         host["activations"] = on_host
     return MemoryPlan({k: int(v) for k, v in device.items()}, host)
+
+
+def _check_rank(linear: dict[str, tuple[int, int]], rank: int) -> None:
+    """As `add_lora` asks it of the weights themselves."""
+    name, (n_in, n_out) = min(linear.items(), key=lambda item: min(item[1]))
+    if rank > min(n_in, n_out):
+        raise ValueError(
+            f"{rank=} of {name!r} must be from 1 to {min(n_in, n_out)}, the smaller "
+            f"side of its shape {[n_in, n_out]}."
+        )
 
 
 def _itemsize(dtype: str) -> int:

@@ -25,6 +25,16 @@ DATA = pathlib.Path(
 
 
 def pytest_collection_modifyitems(config, items):
+    modules: dict[str, list] = {}
+    for item in items:
+        modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    for name, own in modules.items():
+        modules[name] = sorted(own, key=_is_unoptimized)
+    ordered = list(modules.values())
+    if hasattr(config, "workerinput"):
+        # Processes that share the modules end together if the last ones are short.
+        ordered.sort(key=lambda own: (not any(map(_is_slow, own)), -len(own)))
+    items[:] = [item for own in ordered for item in own]
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items or jax.default_backend() == "gpu":
         return
@@ -33,6 +43,29 @@ def pytest_collection_modifyitems(config, items):
     )
     for item in gpu_items:
         item.add_marker(skip)
+
+
+def _is_slow(item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
+def _is_unoptimized(item) -> bool:
+    """The nearest of both marks counts: a test's own, or its module's."""
+    both = [m.name for m in item.iter_markers() if m.name.endswith("optimized")]
+    return both[:1] == ["unoptimized"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Has XLA optimize the programs of a test little, if it is marked so.
+
+    Most of the suite's time is compilation. Programs that were compiled the other way
+    are forgotten, so that what a test runs does not hang on what ran before it.
+    """
+    little = _is_unoptimized(item)
+    if little != jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", little)
 
 
 @pytest.fixture(scope="session")

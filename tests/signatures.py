@@ -12,7 +12,12 @@ import typing
 
 PACKAGES = ("pallas_kernels", "qlora_jax")
 # The parts whose signatures are checked so far.
-CHECKED = ("pallas_kernels.api", "qlora_jax.data", "qlora_jax.quant")
+CHECKED = (
+    "pallas_kernels.api",
+    "qlora_jax.data",
+    "qlora_jax.over_rows",
+    "qlora_jax.quant",
+)
 # What the project imports from others: imported first, as it is, without the block.
 FOREIGN = (
     "flax.linen",

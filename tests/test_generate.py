@@ -11,6 +11,8 @@ from qlora_jax.interop.hub import load_model
 from qlora_jax.models import Llama, LlamaConfig
 from qlora_jax.sharding import committed
 
+pytestmark = pytest.mark.unoptimized
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -13,10 +13,11 @@ from tests.conftest import ROOT
 ALLOWED = {
     "pallas_kernels": set(),
     "qlora_jax.quant": {"pallas_kernels"},
-    "qlora_jax.lora": {"qlora_jax.quant"},
+    "qlora_jax.over_rows": set(),
+    "qlora_jax.lora": {"qlora_jax.over_rows", "qlora_jax.quant"},
     "qlora_jax.optim": {"pallas_kernels", "qlora_jax.quant"},
     "qlora_jax.sharding": set(),
-    "qlora_jax.models": {"qlora_jax.sharding"},
+    "qlora_jax.models": {"qlora_jax.over_rows", "qlora_jax.sharding"},
     "qlora_jax.interop": {
         "qlora_jax.lora",
         "qlora_jax.models",

@@ -1,12 +1,16 @@
 import dataclasses
 
+import jax
 import pytest
+from flax import nnx
 
 from benchmarks.models import SHAPES
-from qlora_jax.models import LlamaConfig
+from qlora_jax.lora import add_lora
+from qlora_jax.models import Llama, LlamaConfig
 from qlora_jax.plan import plan_memory
 from qlora_jax.train import TrainConfig
 
+TINY = LlamaConfig(64, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2)
 SHORT = TrainConfig(
     rank=64, dropout=0.0, batch_size=1, seq_len=512, remat="full", chunk_size=128
 )
@@ -65,8 +69,7 @@ def test_accumulation_takes_a_second_gradient_and_fewer_activations():
 
 
 def test_without_quantization_a_number_takes_two_bytes():
-    config = LlamaConfig(64, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2)
-    plan = plan_memory(config, SHORT, quantize=None)
+    plan = plan_memory(TINY, dataclasses.replace(SHORT, rank=8), quantize=None)
     numbers = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     assert plan.device["frozen weights, bfloat16"] == 2 * numbers
 
@@ -81,3 +84,13 @@ def test_it_prints_a_table():
 def test_an_unknown_format_is_named():
     with pytest.raises(ValueError, match="quantize='nf5' is no format; there are"):
         plan_memory(SHAPES["LLaMA-7B"], SHORT, quantize="nf5")
+
+
+def test_a_rank_above_a_side_of_a_weight_is_refused_as_by_the_adapters():
+    plan_memory(TINY, dataclasses.replace(SHORT, rank=32))
+    words = "rank=33 of '{}' must be from 1 to 32, the smaller side of its shape"
+    with pytest.raises(ValueError, match=words.format("k_proj")):
+        plan_memory(TINY, dataclasses.replace(SHORT, rank=33))
+    model = Llama(TINY, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=words.format("layers/k_proj")):
+        add_lora(model, rank=33, targets="k_proj", key=jax.random.key(0))

@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
         case "show":
             _show(parse(Show, rest, "qlora-jax data show"))
         case "formats":
+            if rest:
+                raise ValueError(f"data formats takes no {rest[0]!r}: {_USAGE}.")
             _formats()
         case _:
             raise ValueError(f"there is no command 'data {command}': {_USAGE}.")

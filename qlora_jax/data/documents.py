@@ -28,6 +28,7 @@ class Documents(Sequence[Example]):
         truncated: see `Example`.
         name: tells the flat arrays apart from others, as a hash does; "" to hash them.
         left_out: how many had nothing to learn when they were cut.
+        answer_mask: of each token, True in an answer; None: where `loss_mask` is.
     """
 
     tokens: "Int32[np.ndarray, 'total']"
@@ -38,6 +39,7 @@ class Documents(Sequence[Example]):
     truncated: "Bool[np.ndarray, 'n']"
     name: str = ""
     left_out: int = 0
+    answer_mask: "Bool[np.ndarray, 'total'] | None" = None
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Documents":
@@ -110,6 +112,20 @@ class Documents(Sequence[Example]):
             divisible=self.divisible[indices],
             truncated=self.truncated[indices],
         )
+
+    def all_learned(self) -> "Documents":
+        """Returns the documents with every token to be predicted, questions too."""
+        return dataclasses.replace(
+            self,
+            loss_mask=np.ones(len(self.loss_mask), bool),
+            name=self.name and f"{self.name} all learned",
+            answer_mask=self.loss_mask,
+        )
+
+    def answers(self) -> "Documents":
+        """Returns the documents with the answers alone to be predicted."""
+        mask = self.loss_mask if self.answer_mask is None else self.answer_mask
+        return dataclasses.replace(self, loss_mask=mask, answer_mask=None)
 
     def learnable(self, seq_len: int) -> "Bool[np.ndarray, 'n']":
         """Returns which documents have something to learn when cut to `seq_len`."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -106,14 +107,18 @@ class Prepared:
         return self.train.fingerprint
 
     def samples(self, count: int) -> list[tuple[list[int], list[int]]]:
-        """Returns ids of questions held out, and of the answers that are wanted."""
-        examples = (example for part in self.held_out for example in part)
-        return [split(example) for example, _ in zip(examples, range(count))]  # noqa: B905
+        """Returns ids of questions held out, and of the answers that are wanted.
+
+        Of a text without a question its first token, and what follows.
+        """
+        examples = (e for part in self.held_out for e in part.answers())
+        answered = (example for example in examples if example.loss_mask[1:].any())
+        return [split(example) for example in itertools.islice(answered, count)]
 
 
 def split(example: Example) -> tuple[list[int], list[int]]:
-    """Returns the ids before the last answer, and those of the answer."""
-    learned = np.flatnonzero(example.loss_mask)
+    """Returns the ids before the last answer, at least one, and those of the answer."""
+    learned = np.flatnonzero(example.loss_mask[1:]) + 1
     breaks = np.flatnonzero(np.diff(learned) > 1)
     first = int(learned[breaks[-1] + 1 if len(breaks) else 0])
     stop = int(learned[-1]) + 1
@@ -188,7 +193,9 @@ def prepare(
     load_grain()  # it is said at once if it is absent
     train_sources = as_sources(sources, format)
     other = [] if eval_sources is None else as_sources(eval_sources, format)
-    encoder, cache = Encoder(tokenizer, options), TokenCache(cache_dir)
+    # What is read tells answers from questions, whichever of them are learned.
+    encoder = Encoder(tokenizer, dataclasses.replace(options, train_on_source=False))
+    cache = TokenCache(cache_dir)
 
     def encoded(parts: Sequence[Source]) -> list[Encoded]:
         found: list[Encoded] = []
@@ -198,8 +205,10 @@ def prepare(
         return found
 
     read, read_to_evaluate = encoded(train_sources), encoded(other)
-    train = [part.documents for part in read]
-    held_out = [part.documents for part in read_to_evaluate]
+    train, held_out = (
+        [p.documents.all_learned() if train_on_source else p.documents for p in parts]
+        for parts in (read, read_to_evaluate)
+    )
     if eval_size:
         train, held_out = hold_out(train, eval_size, seed, seq_len)
     weights = [s.weight for s in train_sources if s.weight is not None]

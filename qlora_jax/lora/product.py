@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from qlora_jax.over_rows import over_rows
 from qlora_jax.quant import QuantizedTensor, transposed_product
 
 # Any: a leaf is an array or a tracer.
@@ -155,10 +156,3 @@ def _split(x: Leaf, b: list[Leaf]) -> list[Leaf]:
 
 def _rows(x: Leaf) -> Leaf:
     return x.reshape(-1, x.shape[-1])
-
-
-def over_rows(x: Leaf, y: Leaf) -> Leaf:
-    """xᵀ @ y, summed over all leading axes, in float32."""
-    rows = tuple(range(x.ndim - 1))
-    contract = ((rows, rows), ((), ()))
-    return lax.dot_general(x, y, contract, preferred_element_type=jnp.float32)

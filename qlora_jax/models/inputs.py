@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qlora_jax.over_rows import over_rows
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["x", "scale"], meta_fields=["eps"]
@@ -116,11 +118,3 @@ class Gated:
 
 def _gated(gate, up):
     return jax.nn.silu(gate) * up
-
-
-def over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
-    """xᵀ @ y, summed over all leading axes, in float32."""
-    rows = tuple(range(x.ndim - 1))
-    return lax.dot_general(
-        x, y, ((rows, rows), ((), ())), preferred_element_type=jnp.float32
-    )

@@ -100,11 +100,15 @@ def fit(
 
 @dataclasses.dataclass(frozen=True)
 class _Taken:
-    """A step that was handed to the device, its numbers not looked at yet."""
+    """A step that was handed to the device, its numbers not looked at yet.
+
+    It is the first if no other was under way when it began.
+    """
 
     number: int
     batch: "Batch"
     metrics: Any
+    first: bool
     began: float
     handed: float
 
@@ -213,7 +217,7 @@ class _Loop:
 
     def _advance(self) -> None:
         """Hands a step to the device, and meanwhile tells of the one before."""
-        began = time.perf_counter()
+        began, first = time.perf_counter(), self.taken is None
         batch = {k: np.asarray(v) for k, v in next(self.iterator).items()}
         key = None
         if self.config.dropout or self.config.neftune_alpha:
@@ -225,25 +229,28 @@ class _Loop:
         self.arrays = [trainable, state, *average]
         handed = time.perf_counter()
         self._tell(ended=began)
-        self.taken = _Taken(self.done, batch, metrics, began, handed)
+        self.taken = _Taken(self.done, batch, metrics, first, began, handed)
         self.done += 1
 
     def _tell(self, ended: float | None = None) -> None:
         """Hands out the numbers of the step that was taken last; waits for them.
 
-        Steps overlap, so one lasts until the next begins, `ended`. Without a next one
-        it lasts as long as the host or the device was busy with it alone.
+        Steps overlap, so one lasts until the next begins, `ended`: a step handed over
+        later is one whose predecessor had to end. The first one had none to wait for,
+        and lasts until its numbers come. Without a next one it lasts as long as the
+        host or the device was busy with it alone.
         """
         if self.taken is None:
             return
         taken, self.taken = self.taken, None
+        under_way = not all(x.is_ready() for x in jax.tree.leaves(taken.metrics))
         numbers = {k: float(v) for k, v in jax.device_get(taken.metrics).items()}
         now, before = time.perf_counter(), self.told
         if ended is None:
             on_device = now - max(taken.began, before)
             seconds = max(taken.handed - taken.began, on_device)
         else:
-            seconds = ended - taken.began
+            seconds = (now if taken.first and under_way else ended) - taken.began
         self.told = now
         self.progress.took(finite=math.isfinite(numbers["grad_norm"]))
         tokens = taken.batch["tokens"].size

@@ -12,6 +12,8 @@ from benchmarks import quality
 from tests.benchmarks.test_quality_tasks import ROW
 from tests.interop.folders import write_folder
 
+pytestmark = pytest.mark.unoptimized
+
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):

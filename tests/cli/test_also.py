@@ -11,6 +11,8 @@ from qlora_jax.cli.main import main
 from tests.cli.test_finetune import SMALL
 from tests.interop.folders import FAMILIES, byte_tokenizer, write_folder
 
+pytestmark = pytest.mark.unoptimized
+
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):

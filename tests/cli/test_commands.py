@@ -18,6 +18,8 @@ from qlora_jax import (
 from qlora_jax.cli.main import main
 from tests.interop.folders import write_folder
 
+pytestmark = pytest.mark.unoptimized
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -112,6 +114,8 @@ def test_rows_are_shown_as_the_model_sees_them(model, capsys, tmp_path):
     assert "say what to show: qlora-jax data show FILE" in capsys.readouterr().err
     assert main(["data", "show", "absent.jsonl", "--model", model]) == 2
     assert "There is no data file absent.jsonl" in capsys.readouterr().err
+    assert main(["data", "formats", "--all"]) == 2
+    assert "data formats takes no '--all'" in capsys.readouterr().err
     assert main(["data"]) == 2 and main(["data", "-h"]) == 0
 
 

@@ -12,6 +12,8 @@ from qlora_jax.data import as_sources
 from tests.conftest import ROOT
 from tests.interop.folders import write_folder
 
+pytestmark = pytest.mark.unoptimized
+
 PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 from tests.cli.test_finetune import SMALL
@@ -21,6 +22,7 @@ os.execv(sys.executable, [sys.executable, "-m", "qlora_jax.cli", *arguments])
 """
 
 
+@pytest.mark.slow
 def test_it_is_said_once_and_the_same_command_goes_on(tmp_path):
     write_folder(tmp_path / "model")
     rows = [{"instruction": f"Say {i}", "output": f"{i}."} for i in range(24)]
@@ -30,6 +32,8 @@ def test_it_is_said_once_and_the_same_command_goes_on(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     arguments = ["finetune", str(tmp_path / "config.yaml")]
     arguments += ["--out", str(tmp_path / "run")]
+    more = {"QLORA_JAX_CACHE": str(tmp_path / "cache")}
+    more["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # what is compiled here runs once
 
     def run(limit):
         return subprocess.run(
@@ -37,7 +41,7 @@ def test_it_is_said_once_and_the_same_command_goes_on(tmp_path):
             capture_output=True,
             text=True,
             cwd=ROOT,
-            env=ENVIRONMENT | {"QLORA_JAX_CACHE": str(tmp_path / "cache")},
+            env=ENVIRONMENT | more,
         )
 
     full = run(20_000)

@@ -20,3 +20,10 @@ def test_a_model_that_is_not_there(tmp_path, capsys):
     assert "There is no model at" in capsys.readouterr().err
     assert main(["plan", "--model", str(tmp_path)]) == 2
     assert "config.json is missing" in capsys.readouterr().err
+
+
+def test_a_rank_above_a_side_of_a_weight_is_said_in_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert main(["plan", "--model", str(tmp_path)]) == 2  # of rank 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("qlora-jax: rank=64 of 'k_proj' must be from 1 to 32")

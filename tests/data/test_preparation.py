@@ -152,6 +152,25 @@ def test_samples_are_questions_and_wanted_answers(prepared):
     assert prepared().samples(3) == []
 
 
+@pytest.mark.parametrize("answers", ["last", "all"])
+def test_where_questions_are_learned_too_samples_are_the_same(prepared, answers):
+    options = {"eval_size": 5, "answers": answers, "seq_len": 200}
+    plain, whole = prepared(**options), prepared(**options, train_on_source=True)
+    assert whole.samples(3) == plain.samples(3)
+    counts = [d.statistics.target_tokens for d in (plain, whole)]
+    tokens, documents = whole.statistics.tokens, whole.statistics.documents
+    assert counts[0] < counts[1] == tokens - documents
+
+
+def test_of_a_text_the_first_token_is_the_question(prepared, tmp_path):
+    path = write_lines(
+        tmp_path / "texts.jsonl", [{"text": f"To be {i}."} for i in "ab"]
+    )
+    ((question, answer),) = prepared(path, eval_size=1).samples(2)
+    assert TOKENIZER.decode(question) == "T"
+    assert TOKENIZER.decode(answer, special=True)[:5] == "o be "
+
+
 def test_the_last_of_several_answers_is_the_sample():
     example = Example(np.arange(6, dtype=np.int32), np.array([0, 1, 0, 0, 1, 1]))
     assert split(example) == ([0, 1, 2, 3], [4, 5])

@@ -10,6 +10,8 @@ from qlora_jax.interop.hub import load_model
 from qlora_jax.interop.tokenizer import load_tokenizer
 from tests.interop.folders import write_folder
 
+pytestmark = pytest.mark.unoptimized
+
 ROW = {
     "subject": "high_school_physics",
     "question": "What falls?",

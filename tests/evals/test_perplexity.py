@@ -9,6 +9,8 @@ from qlora_jax.interop.tokenizer import load_tokenizer
 from qlora_jax.models import Llama
 from tests.train.tiny import CONFIG
 
+pytestmark = pytest.mark.unoptimized
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -2,6 +2,8 @@ import pytest
 
 from examples.any_flax_model import has_canvit, train_canvit, train_linen, train_nnx
 
+pytestmark = [pytest.mark.unoptimized, pytest.mark.slow]
+
 
 @pytest.mark.parametrize("train", [train_linen, train_nnx, train_canvit])
 def test_models_not_written_for_adapters_learn(train):

@@ -1,4 +1,8 @@
+import pytest
+
 from examples.quantize import show_one_matrix, train_adapters
+
+pytestmark = pytest.mark.unoptimized
 
 
 def test_adapters_over_frozen_nf4_learn(capsys):

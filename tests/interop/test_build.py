@@ -1,6 +1,7 @@
 """Models are built in place, on one device or split over several."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -146,10 +147,9 @@ print(json.dumps({"growth": peak() - before, "result": result}))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("quantize", ["", "nf4"])
-def test_peak_of_host_memory(tmp_path, quantize):
-    """Of 640 MB in four files: the result and a few tensors, not the model twice."""
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """A model of 640 MB in four files, one of its layers, the bytes of its tensors."""
     big = WIDE | {
         "hidden_size": 1024,
         "intermediate_size": 2816,
@@ -157,14 +157,22 @@ def test_peak_of_host_memory(tmp_path, quantize):
         "vocab_size": 4096,
         "num_attention_heads": 8,
     }
-    tensors = write_folder(tmp_path / "big", big, shards=4, dtype=BFLOAT16)
+    path = tmp_path_factory.mktemp("sizes")
+    tensors = write_folder(path / "big", big, shards=4, dtype=BFLOAT16)
     small = big | {"num_hidden_layers": 1}
-    write_folder(tmp_path / "small", small, dtype=BFLOAT16)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    largest = max(tensor.nbytes for tensor in tensors.values())
+    write_folder(path / "small", small, dtype=BFLOAT16)
+    yield path, [tensor.nbytes for tensor in tensors.values()]
+    shutil.rmtree(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["", "nf4"])
+def test_peak_of_host_memory(sizes, quantize):
+    """The result and a few tensors, not the model twice."""
+    path, nbytes = sizes
+    total, largest = sum(nbytes), max(nbytes)
     assert total > 600_000_000
-    del tensors
-    arguments = [str(tmp_path / "small"), str(tmp_path / "big"), quantize]
+    arguments = [str(path / "small"), str(path / "big"), quantize]
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, *arguments],
         cwd=ROOT,

@@ -13,6 +13,8 @@ from qlora_jax.interop.hub import load_model
 from qlora_jax.models.config import config_from_hf, config_to_hf
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.unoptimized
+
 FAMILIES = GOLDEN / "families"
 NAMES = sorted(path.parent.name for path in FAMILIES.glob("*/logits.npy"))
 LENGTHS = (24, 13, 5)

@@ -24,6 +24,8 @@ from qlora_jax.lora import (
 from qlora_jax.models import Llama, LlamaConfig
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.unoptimized
+
 FOLDER = GOLDEN / "peft_lora"
 KEY = jax.random.key(0)
 

@@ -23,6 +23,8 @@ from qlora_jax.models import Llama, LlamaConfig
 from qlora_jax.quant import QuantizedTensor, quantize
 from tests.lora.models import HIDDEN, LAYERS, Model, tokens
 
+pytestmark = pytest.mark.unoptimized
+
 KEY = jax.random.key(7)
 
 
@@ -65,6 +67,7 @@ def perturbed(trainable, seed=0):
 # ---------------------------------------------------------------- plain trees
 
 
+@pytest.mark.optimized
 def test_a_tree_gets_adapters_on_its_quantized_weights():
     params = tree()
     adapted = add_lora(params, rank=4, alpha=8, dropout=0.1, key=KEY)
@@ -203,6 +206,7 @@ def test_dropout_at_a_join():
 # ---------------------------------------------------------------- modules
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("format", [None, "nf4"])
 def test_a_module_gets_adapters(format):
     model = Model(format=format)

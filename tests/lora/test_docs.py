@@ -4,12 +4,15 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 import qlora_jax as ql
 from qlora_jax import lora
 from qlora_jax.train import next_token_loss
 from tests.conftest import ROOT
+
+pytestmark = pytest.mark.unoptimized
 
 
 def adapters(frozen_model):

@@ -15,6 +15,8 @@ from qlora_jax.lora import (
 )
 from tests.lora.test_adapters import perturbed
 
+pytestmark = pytest.mark.unoptimized
+
 KEY = jax.random.key(3)
 
 

@@ -19,6 +19,8 @@ from qlora_jax.quant import QuantizedTensor, quantize
 from tests.lora.test_adapters import perturbed
 from tests.tolerances import LOGITS_RELATIVE
 
+pytestmark = pytest.mark.unoptimized
+
 KEY = jax.random.key(3)
 TOKENS = jnp.arange(10, dtype=jnp.int32).reshape(2, 5) * 7 % 24
 

@@ -23,6 +23,8 @@ from qlora_jax.quant import QuantizedTensor, dequantize
 from tests.lora.test_adapters import perturbed
 from tests.tolerances import LOGITS_RELATIVE
 
+pytestmark = pytest.mark.unoptimized
+
 KEY = jax.random.key(3)
 TOKENS = jnp.arange(10, dtype=jnp.int32).reshape(2, 5) * 7 % 24
 
@@ -104,6 +106,7 @@ def test_every_layer_computes_what_its_merged_kernel_does(zoo, quantize):
         assert relative(again.half(x), exact) < LOGITS_RELATIVE["bfloat16"] / 5
 
 
+@pytest.mark.optimized
 def test_a_zero_adapter_changes_no_bit(zoo):
     targets = "attention|half|embed|conv|point|each|grouped|up"
     adapted = add_lora(zoo, rank=2, targets=targets, key=KEY)

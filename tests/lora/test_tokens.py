@@ -25,6 +25,8 @@ from qlora_jax.quant import quantize
 from tests.lora.test_adapters import perturbed
 from tests.tolerances import MATMUL_RELATIVE
 
+pytestmark = pytest.mark.unoptimized
+
 KEY = jax.random.key(7)
 NEW = [30, 5, 63]
 TOKENS = jnp.array([[5, 1, 63, 2, 30, 9], [7, 30, 5, 5, 0, 62]], jnp.int32)

@@ -17,6 +17,8 @@ from tests import tolerances
 from tests.interop.folders import FAMILIES, LLAMA, write_folder
 from tests.models import reference
 
+pytestmark = pytest.mark.unoptimized
+
 TOKENS = np.random.default_rng(1).integers(0, 259, (2, 13))
 
 

@@ -21,6 +21,8 @@ CONFIG = LlamaConfig(
     num_kv_heads=2,
 )
 TOKENS = jnp.array(np.random.default_rng(0).integers(0, 64, (2, 16)))
+# What they are held to is compiled once.
+pytestmark = [pytest.mark.unoptimized, pytest.mark.usefixtures("compiled_once")]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ from qlora_jax.models import Llama, LlamaConfig
 from qlora_jax.models.vocabulary import resize_vocabulary
 from qlora_jax.quant import quantize
 
+pytestmark = pytest.mark.unoptimized
+
 TOKENS = jnp.arange(6)[None]
 
 

@@ -12,7 +12,7 @@ from qlora_jax.quant import (
 )
 from tests.tolerances import MATMUL_RELATIVE
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
+pytestmark = [pytest.mark.unoptimized, pytest.mark.usefixtures("strict_dtypes")]
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -113,6 +113,7 @@ def test_works_under_scan_vmap_and_remat():
     assert gradient.shape == x.shape and bool(jnp.isfinite(gradient).all())
 
 
+@pytest.mark.optimized
 def test_view_of_a_layer_equals_the_slice():
     stack = quantize(normal(3, 128, 64))
     x = normal(2, 128)
@@ -141,6 +142,7 @@ def test_second_call_does_not_compile():
     assert f._cache_size() == 1
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_quantizing_takes_little_memory(double_quant):
     size = 1024 * 2048

@@ -8,6 +8,8 @@ from qlora_jax.models import LlamaConfig
 from tests.tolerances import STEP_COSINE
 from tests.train.exact import cosines, gradient, models
 
+pytestmark = pytest.mark.unoptimized
+
 CONFIG = LlamaConfig(
     vocab_size=256,
     hidden_size=128,

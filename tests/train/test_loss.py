@@ -15,6 +15,8 @@ from qlora_jax.train import (
 )
 from tests.train.tiny import CONFIG, batch, dense_loss
 
+pytestmark = pytest.mark.unoptimized
+
 
 @pytest.mark.parametrize("chunk_size", [7, 44, 1000])
 def test_the_loss_in_chunks_is_the_loss(model, chunk_size):

@@ -19,7 +19,7 @@ from qlora_jax.train import (
 )
 from tests.train.tiny import SMALL, adapted, batch, batches
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.unoptimized, pytest.mark.usefixtures("compiled_once")]
 KEY = jax.random.key(3)
 WIDTH = 64
 

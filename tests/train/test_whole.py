@@ -13,6 +13,8 @@ from qlora_jax.lora import fold_rows, split_trainable, train_rows
 from qlora_jax.train import fit
 from tests.train.tiny import SMALL, adapted, batches
 
+pytestmark = pytest.mark.unoptimized
+
 
 def test_embedding_and_norms_train_whole_beside_the_adapters(tmp_path):
     model = adapted()
