@@ -193,9 +193,6 @@ class Body(Copies):
         for t in range(4):
             weight: list = []
             wait = 0
-            if t == 0:
-                self.store_scales(step + 1, state.raw)
-                state.raw = self.load_scales(step + 2)
             if t == 3:
                 # All of this step is in registers; all of the next has come.
                 emit.ptx(f"cp.async.wait_group {STAGES - 2};")
@@ -222,11 +219,7 @@ class Body(Copies):
         zero, one = emit.const(0), emit.const(1)
         for i in range(STAGES):
             self.load(emit.const(i))
-        raw = self.load_scales(zero)
-        self.fill_tables()
-        emit.barrier()
-        self.store_scales(zero, raw)
-        raw = self.load_scales(one)
+        self.fill_table()
         emit.ptx(f"cp.async.wait_group {STAGES - 1};")
         emit.barrier()
         stage = self.stage(zero)
@@ -239,7 +232,7 @@ class Body(Copies):
             pass
         x = [self.read_x(stage, 0, i) for i in range(_ROWS)]
         sums = [emit.zero()] * (4 * _ROWS * _FEATURES)
-        state = State(sums, x, weight, words, scales, raw)
+        state = State(sums, x, weight, words, scales)
 
         def body(step, carry):
             return self.step(step, state.unflatten(carry)).flatten()
@@ -280,17 +273,16 @@ class State:
         weight: four registers for each 16 features, the first operand of the next.
         words: the step's codes (forward).
         scales: the step's scales.
-        raw: what the next step's scales are made of.
     """
 
-    def __init__(self, sums, x, weight, words, scales, raw):
+    def __init__(self, sums, x, weight, words, scales):
         self.sums, self.x, self.weight = list(sums), [*x], list(weight)
-        self.words, self.scales, self.raw = list(words), list(scales), list(raw)
+        self.words, self.scales = list(words), list(scales)
 
     def flatten(self) -> list:
         """All values in one list."""
         x = [word for rows in self.x for word in rows]
-        parts = (self.sums, x, self.weight, self.words, self.scales, self.raw)
+        parts = (self.sums, x, self.weight, self.words, self.scales)
         return [value for part in parts for value in part]
 
     def unflatten(self, values: list) -> "State":
@@ -300,7 +292,7 @@ class State:
         sizes = [
             len(part) for part in (self.sums, self.weight, self.words, self.scales)
         ]
-        for size in (sizes[0], x, *sizes[1:], len(self.raw)):
+        for size in (sizes[0], x, *sizes[1:]):
             parts.append(values[:size])
             values = values[size:]
         parts[1] = [parts[1][i : i + 4] for i in range(0, x, 4)]
