@@ -10,9 +10,11 @@ result, a warp 64 x 64 of them, and walks the contracted axis 64 at a time:
     mma           32 products of 16 x 8 x 16 for each 16 numbers of the contracted axis
 
 The decoded weight is in registers only. The next product's numbers are decoded while
-the tensor cores work on this one, with one barrier a step. Each warp decodes its own
-features, so each weight is decoded twice a block. Two blocks share a multiprocessor
-where its shared memory suffices (73 KB each, so not on 8.6 and 8.9).
+the tensor cores work on this one. Warps wait for each other's copies, and for each
+other's reading before a stage is filled again, at barriers that each passes in its own
+time. Each warp decodes its own features, so each weight is decoded twice a block. Two
+blocks share a multiprocessor where its shared memory suffices (106 KB each: on
+9.0, not on Ampere).
 
 Scales are decoded by XLA before, and put in the order in which blocks copy them.
 
@@ -31,6 +33,7 @@ from pallas_kernels import reference, tuning
 from pallas_kernels.decode import pair_table
 from pallas_kernels.matmul_sm80_body import Body
 from pallas_kernels.matmul_sm80_copies import (
+    BARRIERS_BYTES,
     CODES_BYTES,
     STAGES,
     STEP,
@@ -99,7 +102,7 @@ class Plan:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a block."""
-        return TABLE_BYTES + STAGES * self.stage_bytes
+        return TABLE_BYTES + STAGES * self.stage_bytes + BARRIERS_BYTES
 
 
 def _run(x, packed: PackedWeight, spec: PackedSpec, transposed: bool) -> jax.Array:

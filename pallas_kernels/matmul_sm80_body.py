@@ -107,11 +107,11 @@ class Body(Copies):
 
     def look_up(self, word, byte: int):
         """The two numbers of a byte, from this lane's copy of the table."""
-        shift = 8 * byte - 7
-        move = f"shr.b32 a, $1, {shift};" if shift > 0 else "shl.b32 a, $1, 7;"
+        # From the low byte up: the lane's place in a row, the row, two zeros.
+        selector = 0x5504 | byte << 4
         return emit.ptx(
-            f"{{.reg .b32 a; {move} and.b32 a, a, 32640; or.b32 a, a, $2; "
-            "add.u32 a, a, $3; ld.shared.b32 $0, [a];}",
+            f"{{.reg .b32 a; prmt.b32 a, $1, $2, {selector}; add.u32 a, a, $3; "
+            "ld.shared.b32 $0, [a];}",
             word,
             self.lane4,
             self.table.value,
@@ -193,10 +193,14 @@ class Body(Copies):
         for t in range(4):
             weight: list = []
             wait = 0
+            if t == 0:
+                # Into the stage that the step before was in.
+                self.wait(self.read_out, step + (STAGES - 1), step // STAGES)
+                self.load(step + (STAGES - 1))
             if t == 3:
-                # All of this step is in registers; all of the next has come.
-                emit.ptx(f"cp.async.wait_group {STAGES - 2};")
-                emit.barrier()
+                # All of this step is in registers.
+                self.release(step)
+                self.wait(self.come, step + 1, (step + 1) // STAGES)
                 stage = self.stage(step + 1)
                 state.scales = self.read_scales(stage)
                 if not plan.transposed:
@@ -206,8 +210,6 @@ class Body(Copies):
             words = state.words
             if plan.transposed:
                 words = self.read_row_pairs(stage, (t + 1) % 4)
-            if t == 3:
-                self.load(step + STAGES)
             decoding = self.decode((t + 1) % 4, words, state.scales, weight)
             self.product(t, state, decoding, reads, wait)
             state.weight = weight
@@ -217,11 +219,12 @@ class Body(Copies):
         """Emits everything."""
         plan = self.plan
         zero, one = emit.const(0), emit.const(1)
-        for i in range(STAGES):
+        self.make_barriers()
+        for i in range(STAGES - 1):
             self.load(emit.const(i))
         self.fill_table()
-        emit.ptx(f"cp.async.wait_group {STAGES - 1};")
         emit.barrier()
+        self.wait(self.come, zero, zero)
         stage = self.stage(zero)
         scales = self.read_scales(stage)
         words = read = [] if plan.transposed else self.read_codes(stage)

@@ -1,9 +1,12 @@
 """What a block of the Ampere matmul brings to shared memory, and where it lies there.
 
-    table   256 pairs of numbers, 32 copies of each
-    ring    two steps of x, codes and scales
+    table      256 pairs of numbers, 32 copies of each in rows of 256 bytes
+    ring       two steps of x, codes and scales
+    barriers   two a stage of the ring: what it has has come, and has been read
 
-Pieces of 16 bytes change places, so that reads meet in no bank.
+Pieces of 16 bytes change places, so that reads meet in no bank. A warp that has read a
+step says so and goes on; a product later, when the others have said so too, the stage
+is filled again.
 """
 
 from typing import Any
@@ -16,8 +19,11 @@ WARPS_M, WARPS_N = 2, 2  # of a block, along the rows and along the features
 THREADS = 32 * WARPS_M * WARPS_N
 TILE_M, TILE_N = WARP * WARPS_M, WARP * WARPS_N
 STAGES = 2
+WAIT = "mbarrier.test_wait.parity.shared::cta.b64"  # try_wait came with 9.0
+BARRIERS_BYTES = 2 * STAGES * 8
 GROUP = 16  # tiles along m that follow each other in the grid
-TABLE_BYTES = 256 * 128
+ROW_BYTES = 256  # so that a byte of codes is a byte of an offset
+TABLE_BYTES = 256 * ROW_BYTES
 X_BYTES = TILE_M * STEP * 2  # of a step
 CODES_BYTES = TILE_N * STEP // 2
 
@@ -42,6 +48,8 @@ class Copies:
         self.warp_m, self.warp_n = warp // WARPS_N, warp % WARPS_N
         self.table = emit.address(refs["smem"])
         self.ring = self.table + TABLE_BYTES
+        self.come = self.ring + STAGES * plan.stage_bytes
+        self.read_out = self.come + STAGES * 8
         # Tiles along m follow each other in groups, whose weight tiles stay in L2.
         block = emit.block_index()
         tiles_m, tiles_n = plan.tiles_m, plan.tiles_n
@@ -66,9 +74,42 @@ class Copies:
             pair = emit.ptx("ld.global.nc.b32 $0, [$1];", source, out="r")
             for i in range(8):
                 # Neighbouring lanes write to different banks.
-                place = self.table + entry * 128 + (entry + i) % 8 * 16
+                place = self.table + entry * ROW_BYTES + (entry + i) % 8 * 16
                 text = "st.shared.v4.b32 [$0], {$1, $1, $1, $1};"
                 emit.ptx(text, place.value, pair)
+
+    def make_barriers(self):
+        """Prepares the barriers; the last stage counts as read."""
+        warps = THREADS // 32
+        for barriers, count in ((self.come, THREADS), (self.read_out, warps)):
+            for stage in range(STAGES):
+                emit.ptx(
+                    "{.reg .pred p; setp.eq.u32 p, $1, 0; "
+                    f"@p mbarrier.init.shared::cta.b64 [$0], {count};}}",
+                    (barriers + stage * 8).value,
+                    self.tid.value,
+                )
+        emit.barrier()
+        self.release(emit.const(STAGES - 1))
+
+    def release(self, step: emit.Int):
+        """Says that this warp has read all of a step."""
+        emit.ptx("bar.warp.sync -1;")
+        emit.ptx(
+            "{.reg .pred p; setp.eq.u32 p, $1, 0; "
+            "@p mbarrier.arrive.shared::cta.b64 _, [$0];}",
+            (self.read_out + step % STAGES * 8).value,
+            self.lane.value,
+        )
+
+    def wait(self, barriers: emit.Int, step: emit.Int, phase: emit.Int):
+        """Waits at the barrier of a step's stage for the end of a phase."""
+        emit.ptx(
+            "{.reg .pred p; WAIT_${:uid}: "
+            f"{WAIT} p, [$0], $1; @!p bra WAIT_${{:uid}};}}",
+            (barriers + step % STAGES * 8).value,
+            (phase % 2).value,
+        )
 
     def stage(self, step: emit.Int) -> emit.Int:
         """The address of a step's x, codes and scales."""
@@ -76,11 +117,15 @@ class Copies:
 
     def load(self, step: emit.Int):
         """Starts the copies of a step; past the last, of the last again."""
-        stage, step = self.stage(step), step.min(self.plan.steps - 1)
+        stage, barrier = self.stage(step), step % STAGES * 8
+        step = step.min(self.plan.steps - 1)
         self.load_x(stage, step)
         self.load_codes(stage + X_BYTES, step)
         self.load_scales(stage + (X_BYTES + CODES_BYTES), step)
-        emit.ptx("cp.async.commit_group;")
+        emit.ptx(
+            "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];",
+            (self.come + barrier).value,
+        )
 
     def load_x(self, stage: emit.Int, step: emit.Int):
         """Copies x, with zeros past its end; piece p of row r goes to p ^ r % 2."""
