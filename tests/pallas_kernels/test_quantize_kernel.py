@@ -137,6 +137,32 @@ def test_blocks_of_other_sizes_quantize(run, block_size):
     np.testing.assert_array_equal(out["absmax"].bytes.view(np.float32), absmax)
 
 
+# A midpoint a little below the edge of a cell, 1 / 128.
+_LOW = (-1.0, -0.9, -0.75, -0.6, -0.5, -0.4, -0.3, -0.2, 0.0)
+NEAR_EDGE = (*_LOW, 2.0**-6 - 2.0**-16, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
+
+
+@pytest.mark.parametrize("codebook", [*CODEBOOKS.values(), NEAR_EDGE])
+def test_numbers_next_to_midpoints(run, codebook):
+    """Each midpoint and the float32 numbers on both sides, at an absmax of 1."""
+    midpoints, _ = nearest.neighbours(codebook)
+    sides = [np.nextafter(midpoints, np.float32(to)) for to in (-2, 2)]
+    w = np.concatenate([midpoints, *sides, np.zeros(1, np.float32)])
+    w = np.pad(w, (0, 64 - w.size), constant_values=1).reshape(1, 64)
+    spec = PackedSpec(codebook, 1, 64)
+    refs = {
+        "w": w,
+        "table": nearest.even_cells(codebook),
+        "codes": np.zeros((1, 32), np.uint8),
+        "absmax": np.zeros(1, np.float32),
+    }
+    emitter = lambda refs: quantize_body.Quantize(spec, jnp.float32, refs)
+    out = run(emitter, refs, quantize_body.smem_bytes(), quantize_body.THREADS)
+    np.testing.assert_array_equal(
+        out["codes"].bytes.reshape(1, 32), quantize_by_rule(w, spec)[0]
+    )
+
+
 def test_a_block_of_zeros_gets_the_code_of_zero(run):
     spec = PackedSpec(NF4, 1, 64)
     refs = {
@@ -255,11 +281,19 @@ def test_what_quantize_cannot_is_said(change, message):
 
 def test_quantize_is_refused_where_its_instructions_are_not(monkeypatch):
     monkeypatch.setattr(kernels.tuning, "compute_capability", lambda: 8.0)
-    with pytest.raises(NotImplementedError, match="capability=8.0: max.xorsign.abs"):
+    with pytest.raises(NotImplementedError, match=r"capability=8\.0: max\.xorsign"):
         kernels.quantize(jnp.ones((8, 512), jnp.bfloat16), PackedSpec(NF4, 8, 512))
 
 
-def test_other_nested_blocks_are_quantized_by_the_plain_form():
-    spec = PackedSpec(NF4, 8, 512, 64, DYNAMIC8.codebook, nested_block_size=128)
-    assert not kernels._has_second_pass(spec)
-    assert kernels._has_second_pass(dataclasses.replace(spec, nested_block_size=256))
+@pytest.mark.parametrize("nested_block_size, by_kernel", [(256, True), (128, False)])
+def test_who_quantizes_the_scales(nested_block_size, by_kernel):
+    """The second kernel, or the plain form, by the size of nested blocks."""
+    spec = PackedSpec(NF4, 64, 512, 64, DYNAMIC8.codebook, nested_block_size)
+    w = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16)
+    traced = jax.jit(lambda w: kernels.quantize(w, spec)).trace(w)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("quantize_scales" in text) == by_kernel
+    q, nested_absmax = traced.out_info.absmax, traced.out_info.nested_absmax
+    assert (q.shape, q.dtype) == ((64, 8), jnp.uint8)
+    assert nested_absmax.shape == (512 // nested_block_size,)
+    assert traced.out_info.offset.shape == ()
