@@ -3,16 +3,20 @@
 One kernel for both products. A block of 128 threads computes 128 x 128 numbers of the
 result, a warp 64 x 64 of them, and walks the contracted axis 64 at a time:
 
-    cp.async      x and codes, two stages
+    cp.async      x, codes and scales, two stages
     ld.shared     x, which is an operand of `mma` as it comes, and codes, to registers
     decode        a byte of two codes to a pair of numbers, by a load from a table in
                   shared memory, times the block's scale: the other operand of `mma`
     mma           32 products of 16 x 8 x 16 for each 16 numbers of the contracted axis
 
 The decoded weight is in registers only. The next product's numbers are decoded while
-the tensor cores work on this one, with one barrier a step. Each warp decodes its own
-features, so each weight is decoded twice a block. Two blocks share a multiprocessor
-where its shared memory suffices (74 KB each, so not on 8.6 and 8.9).
+the tensor cores work on this one. Warps wait for each other's copies, and for each
+other's reading before a stage is filled again, at barriers that each passes in its own
+time. Each warp decodes its own features, so each weight is decoded twice a block. Two
+blocks share a multiprocessor where its shared memory suffices (106 KB each: on
+9.0, not on Ampere).
+
+Scales are decoded by XLA before, and put in the order in which blocks copy them.
 
 Code, scale and their product are each rounded to 16 bits: relative error against
 float64 3.2e-3 in bfloat16, 3.7e-4 in float16.
@@ -24,14 +28,13 @@ import functools
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels import tuning
+from pallas_kernels import reference, tuning
 from pallas_kernels.decode import pair_table
 from pallas_kernels.matmul_sm80_body import Body
 from pallas_kernels.matmul_sm80_copies import (
+    BARRIERS_BYTES,
     CODES_BYTES,
-    MAP_BYTES,
     STAGES,
     STEP,
     TABLE_BYTES,
@@ -99,7 +102,7 @@ class Plan:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a block."""
-        return TABLE_BYTES + MAP_BYTES + STAGES * self.stage_bytes
+        return TABLE_BYTES + STAGES * self.stage_bytes + BARRIERS_BYTES
 
 
 def _run(x, packed: PackedWeight, spec: PackedSpec, transposed: bool) -> jax.Array:
@@ -130,16 +133,29 @@ def _run(x, packed: PackedWeight, spec: PackedSpec, transposed: bool) -> jax.Arr
         )
     rows = x.reshape(-1, x.shape[-1])
     plan = Plan(rows.shape[0], spec, jnp.dtype(x.dtype).name, transposed)
-    operands = {"x": rows, "codes": packed.codes, "absmax": packed.absmax}
+    operands = {"x": rows, "codes": packed.codes, "scales": make_scales(packed, plan)}
     operands["pairs"] = jnp.asarray(pair_table(spec.codebook, plan.dtype))
-    if spec.nested_codebook is not None:
-        operands["nested_absmax"] = packed.nested_absmax
-        operands["offset"] = jnp.reshape(packed.offset, (-1,))
-        operands["map"] = jnp.asarray(np.asarray(spec.nested_codebook, np.float32))
     if packed.layer is not None:
         operands["layer"] = jnp.reshape(packed.layer, (1,)).astype(jnp.int32)
     y = _kernel(plan, tuple(operands))(*operands.values())
     return y.reshape(*x.shape[:-1], plan.columns)
+
+
+def make_scales(packed: PackedWeight, plan: Plan) -> jax.Array:
+    """The scales in 16 bits, as `Copies` takes them.
+
+    Returns:
+        [k / scale_width, n], transposed in the type of x; else uint32, each twice.
+    """
+    spec, width = plan.spec, plan.scale_width
+    packed = reference.select_layer(dataclasses.replace(packed, codes=None))
+    scales = reference.decode_absmax(packed, spec).reshape(-1)
+    scales = jnp.repeat(scales, spec.block_size // width)[: spec.n * spec.k // width]
+    scales = scales.reshape(spec.n, spec.k // width).T.astype(plan.dtype)
+    if plan.transposed:
+        return scales
+    bits = jax.lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32)
+    return bits | bits << jnp.uint32(16)
 
 
 @functools.cache

@@ -107,11 +107,11 @@ class Body(Copies):
 
     def look_up(self, word, byte: int):
         """The two numbers of a byte, from this lane's copy of the table."""
-        shift = 8 * byte - 7
-        move = f"shr.b32 a, $1, {shift};" if shift > 0 else "shl.b32 a, $1, 7;"
+        # From the low byte up: the lane's place in a row, the row, two zeros.
+        selector = 0x5504 | byte << 4
         return emit.ptx(
-            f"{{.reg .b32 a; {move} and.b32 a, a, 32640; or.b32 a, a, $2; "
-            "add.u32 a, a, $3; ld.shared.b32 $0, [a];}",
+            f"{{.reg .b32 a; prmt.b32 a, $1, $2, {selector}; add.u32 a, a, $3; "
+            "ld.shared.b32 $0, [a];}",
             word,
             self.lane4,
             self.table.value,
@@ -194,12 +194,13 @@ class Body(Copies):
             weight: list = []
             wait = 0
             if t == 0:
-                self.store_scales(step + 1, state.raw)
-                state.raw = self.load_scales(step + 2)
+                # Into the stage that the step before was in.
+                self.wait(self.read_out, step + (STAGES - 1), step // STAGES)
+                self.load(step + (STAGES - 1))
             if t == 3:
-                # All of this step is in registers; all of the next has come.
-                emit.ptx(f"cp.async.wait_group {STAGES - 2};")
-                emit.barrier()
+                # All of this step is in registers.
+                self.release(step)
+                self.wait(self.come, step + 1, (step + 1) // STAGES)
                 stage = self.stage(step + 1)
                 state.scales = self.read_scales(stage)
                 if not plan.transposed:
@@ -209,8 +210,6 @@ class Body(Copies):
             words = state.words
             if plan.transposed:
                 words = self.read_row_pairs(stage, (t + 1) % 4)
-            if t == 3:
-                self.load(step + STAGES)
             decoding = self.decode((t + 1) % 4, words, state.scales, weight)
             self.product(t, state, decoding, reads, wait)
             state.weight = weight
@@ -220,15 +219,12 @@ class Body(Copies):
         """Emits everything."""
         plan = self.plan
         zero, one = emit.const(0), emit.const(1)
-        for i in range(STAGES):
+        self.make_barriers()
+        for i in range(STAGES - 1):
             self.load(emit.const(i))
-        raw = self.load_scales(zero)
-        self.fill_tables()
+        self.fill_table()
         emit.barrier()
-        self.store_scales(zero, raw)
-        raw = self.load_scales(one)
-        emit.ptx(f"cp.async.wait_group {STAGES - 1};")
-        emit.barrier()
+        self.wait(self.come, zero, zero)
         stage = self.stage(zero)
         scales = self.read_scales(stage)
         words = read = [] if plan.transposed else self.read_codes(stage)
@@ -239,7 +235,7 @@ class Body(Copies):
             pass
         x = [self.read_x(stage, 0, i) for i in range(_ROWS)]
         sums = [emit.zero()] * (4 * _ROWS * _FEATURES)
-        state = State(sums, x, weight, words, scales, raw)
+        state = State(sums, x, weight, words, scales)
 
         def body(step, carry):
             return self.step(step, state.unflatten(carry)).flatten()
@@ -280,17 +276,16 @@ class State:
         weight: four registers for each 16 features, the first operand of the next.
         words: the step's codes (forward).
         scales: the step's scales.
-        raw: what the next step's scales are made of.
     """
 
-    def __init__(self, sums, x, weight, words, scales, raw):
+    def __init__(self, sums, x, weight, words, scales):
         self.sums, self.x, self.weight = list(sums), [*x], list(weight)
-        self.words, self.scales, self.raw = list(words), list(scales), list(raw)
+        self.words, self.scales = list(words), list(scales)
 
     def flatten(self) -> list:
         """All values in one list."""
         x = [word for rows in self.x for word in rows]
-        parts = (self.sums, x, self.weight, self.words, self.scales, self.raw)
+        parts = (self.sums, x, self.weight, self.words, self.scales)
         return [value for part in parts for value in part]
 
     def unflatten(self, values: list) -> "State":
@@ -300,7 +295,7 @@ class State:
         sizes = [
             len(part) for part in (self.sums, self.weight, self.words, self.scales)
         ]
-        for size in (sizes[0], x, *sizes[1:], len(self.raw)):
+        for size in (sizes[0], x, *sizes[1:]):
             parts.append(values[:size])
             values = values[size:]
         parts[1] = [parts[1][i : i + 4] for i in range(0, x, 4)]

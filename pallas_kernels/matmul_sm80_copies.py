@@ -1,9 +1,12 @@
 """What a block of the Ampere matmul brings to shared memory, and where it lies there.
 
-    table, map   256 pairs of numbers, 32 copies of each; the nested codebook
-    ring         two steps of x, codes and scales
+    table      256 pairs of numbers, 32 copies of each in rows of 256 bytes
+    ring       two steps of x, codes and scales
+    barriers   two a stage of the ring: what it has has come, and has been read
 
-Pieces of 16 bytes change places, so that reads meet in no bank.
+Pieces of 16 bytes change places, so that reads meet in no bank. A warp that has read a
+step says so and goes on; a product later, when the others have said so too, the stage
+is filled again.
 """
 
 from typing import Any
@@ -16,9 +19,11 @@ WARPS_M, WARPS_N = 2, 2  # of a block, along the rows and along the features
 THREADS = 32 * WARPS_M * WARPS_N
 TILE_M, TILE_N = WARP * WARPS_M, WARP * WARPS_N
 STAGES = 2
+WAIT = "mbarrier.test_wait.parity.shared::cta.b64"  # try_wait came with 9.0
+BARRIERS_BYTES = 2 * STAGES * 8
 GROUP = 16  # tiles along m that follow each other in the grid
-TABLE_BYTES = 256 * 128
-MAP_BYTES = 1024
+ROW_BYTES = 256  # so that a byte of codes is a byte of an offset
+TABLE_BYTES = 256 * ROW_BYTES
 X_BYTES = TILE_M * STEP * 2  # of a step
 CODES_BYTES = TILE_N * STEP // 2
 
@@ -42,8 +47,9 @@ class Copies:
         )
         self.warp_m, self.warp_n = warp // WARPS_N, warp % WARPS_N
         self.table = emit.address(refs["smem"])
-        self.map = self.table + TABLE_BYTES
-        self.ring = self.map + MAP_BYTES
+        self.ring = self.table + TABLE_BYTES
+        self.come = self.ring + STAGES * plan.stage_bytes
+        self.read_out = self.come + STAGES * 8
         # Tiles along m follow each other in groups, whose weight tiles stay in L2.
         block = emit.block_index()
         tiles_m, tiles_n = plan.tiles_m, plan.tiles_n
@@ -59,34 +65,51 @@ class Copies:
             layer = emit.Int(emit.ptx("ld.global.b32 $0, [$1];", pointer, out="r"))
         layer = layer.wide()
         self.codes_global = emit.address(refs["codes"]) + layer * (spec.n * spec.k // 2)
-        self.nested = spec.nested_codebook is not None
-        self.absmax = emit.address(refs["absmax"]) + layer * (
-            spec.num_blocks * (1 if self.nested else 4)
-        )
-        if self.nested:
-            num_nested = -(-spec.num_blocks // spec.nested_block_size)
-            self.nested_absmax = emit.address(refs["nested_absmax"]) + layer * (
-                4 * num_nested
-            )
-            pointer = (emit.address(refs["offset"]) + layer * 4).value
-            self.offset = emit.ptx("ld.global.nc.f32 $0, [$1];", pointer, out="f")
 
-    def fill_tables(self):
-        """Copies the pairs to shared memory, 32 times, and the nested codebook."""
+    def fill_table(self):
+        """Copies the pairs to shared memory, 32 times."""
         for first in range(0, 256, THREADS):
             entry = self.tid + first
             source = (emit.address(self.refs["pairs"]) + entry.wide() * 4).value
             pair = emit.ptx("ld.global.nc.b32 $0, [$1];", source, out="r")
             for i in range(8):
                 # Neighbouring lanes write to different banks.
-                place = self.table + entry * 128 + (entry + i) % 8 * 16
+                place = self.table + entry * ROW_BYTES + (entry + i) % 8 * 16
                 text = "st.shared.v4.b32 [$0], {$1, $1, $1, $1};"
                 emit.ptx(text, place.value, pair)
-            if self.nested:
-                source = (emit.address(self.refs["map"]) + entry.wide() * 4).value
-                number = emit.ptx("ld.global.nc.b32 $0, [$1];", source, out="r")
-                place = self.map + entry * 4
-                emit.ptx("st.shared.b32 [$0], $1;", place.value, number)
+
+    def make_barriers(self):
+        """Prepares the barriers; the last stage counts as read."""
+        warps = THREADS // 32
+        for barriers, count in ((self.come, THREADS), (self.read_out, warps)):
+            for stage in range(STAGES):
+                emit.ptx(
+                    "{.reg .pred p; setp.eq.u32 p, $1, 0; "
+                    f"@p mbarrier.init.shared::cta.b64 [$0], {count};}}",
+                    (barriers + stage * 8).value,
+                    self.tid.value,
+                )
+        emit.barrier()
+        self.release(emit.const(STAGES - 1))
+
+    def release(self, step: emit.Int):
+        """Says that this warp has read all of a step."""
+        emit.ptx("bar.warp.sync -1;")
+        emit.ptx(
+            "{.reg .pred p; setp.eq.u32 p, $1, 0; "
+            "@p mbarrier.arrive.shared::cta.b64 _, [$0];}",
+            (self.read_out + step % STAGES * 8).value,
+            self.lane.value,
+        )
+
+    def wait(self, barriers: emit.Int, step: emit.Int, phase: emit.Int):
+        """Waits at the barrier of a step's stage for the end of a phase."""
+        emit.ptx(
+            "{.reg .pred p; WAIT_${:uid}: "
+            f"{WAIT} p, [$0], $1; @!p bra WAIT_${{:uid}};}}",
+            (barriers + step % STAGES * 8).value,
+            (phase % 2).value,
+        )
 
     def stage(self, step: emit.Int) -> emit.Int:
         """The address of a step's x, codes and scales."""
@@ -94,10 +117,15 @@ class Copies:
 
     def load(self, step: emit.Int):
         """Starts the copies of a step; past the last, of the last again."""
-        stage, step = self.stage(step), step.min(self.plan.steps - 1)
+        stage, barrier = self.stage(step), step % STAGES * 8
+        step = step.min(self.plan.steps - 1)
         self.load_x(stage, step)
         self.load_codes(stage + X_BYTES, step)
-        emit.ptx("cp.async.commit_group;")
+        self.load_scales(stage + (X_BYTES + CODES_BYTES), step)
+        emit.ptx(
+            "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];",
+            (self.come + barrier).value,
+        )
 
     def load_x(self, stage: emit.Int, step: emit.Int):
         """Copies x, with zeros past its end; piece p of row r goes to p ^ r % 2."""
@@ -155,62 +183,24 @@ class Copies:
         """Where 64 codes of a row of W lie; rows 16 apart meet in no bank."""
         return (row ^ row // 32 % 2) * 64 + (warp ^ row // 16 % 2) * 32
 
-    def scale_entries(self) -> list[emit.Int]:
-        """Which entries of a step's scales are this thread's."""
-        plan = self.plan
-        return [
-            (self.tid + i) % plan.num_scales for i in range(0, plan.num_scales, THREADS)
-        ]
-
-    def load_scales(self, step: emit.Int) -> list:
-        """What this thread's scales of a step are made of, from device memory."""
+    def load_scales(self, target: emit.Int, step: emit.Int):
+        """Copies scales; what lies past the weight's end is never used."""
         plan, spec = self.plan, self.plan.spec
-        step = step.min(plan.steps - 1)
-        raw = []
-        for entry in self.scale_entries():
-            if plan.transposed:
-                row = step * STEP + entry % STEP
-                column = self.column0 + entry // STEP * plan.scale_width
-            else:
-                row = self.column0 + entry % TILE_N
-                column = step * STEP + entry // TILE_N * plan.scale_width
-            row, column = row.min(spec.n - 1), column.min(spec.k - 32)
-            index = row * (spec.k // 32) + column // 32
-            index = index // (spec.block_size // 32)
-            if not self.nested:
-                pointer = (self.absmax + index.wide() * 4).value
-                raw.append(emit.ptx("ld.global.nc.f32 $0, [$1];", pointer, out="f"))
-                continue
-            pointer = (self.absmax + index.wide()).value
-            raw.append(emit.ptx("ld.global.nc.u8 $0, [$1];", pointer, out="r"))
-            index = index // spec.nested_block_size
-            pointer = (self.nested_absmax + index.wide() * 4).value
-            raw.append(emit.ptx("ld.global.nc.f32 $0, [$1];", pointer, out="f"))
-        return raw
-
-    def store_scales(self, step: emit.Int, raw: list):
-        """Decodes them; a pair of the same (forward), or 16 bits of a pair of rows."""
-        plan, raw = self.plan, list(raw)
-        target = self.stage(step) + (X_BYTES + CODES_BYTES)
-        for entry in self.scale_entries():
-            scale = raw.pop(0)
-            if self.nested:
-                scale = emit.ptx(
-                    "{.reg .b32 a; .reg .f32 v; mad.lo.u32 a, $1, 4, $2; "
-                    "ld.shared.f32 v, [a]; mul.rn.f32 v, v, $3; "
-                    "add.rn.f32 $0, v, $4;}",
-                    scale,
-                    self.map.value,
-                    raw.pop(0),
-                    self.offset,
-                    out="f",
-                )
-            if plan.transposed:
-                text = "{.reg .b16 h; cvt.rn.%s.f32 h, $1; st.shared.b16 [$0], h;}"
-                place = target + entry * 2
-            else:
-                text = (
-                    "{.reg .b32 w; cvt.rn.%sx2.f32 w, $1, $1; st.shared.b32 [$0], w;}"
-                )
-                place = target + entry * 4
-            emit.ptx(text % self.half, place.value, scale)
+        width, scales = plan.scale_width, emit.address(self.refs["scales"])
+        if plan.transposed:  # of each block of columns, those of the step's rows
+            size, across = 2, STEP
+            first_row, column = self.column0 // width, step * STEP
+        else:  # of each block of the step, those of the tile's features
+            size, across = 4, TILE_N
+            first_row, column = step * (STEP // width), self.column0
+        pieces = across * size // 16  # of a row
+        row, piece = self.tid // pieces, self.tid % pieces
+        source = (first_row + row).min(spec.k // width - 1) * spec.n
+        source = source + (column + piece * (16 // size)).min(spec.n - 16 // size)
+        emit.ptx(
+            "{.reg .pred p; setp.ne.b32 p, $2, 0; "
+            "@p cp.async.cg.shared.global [$0], [$1], 16;}",
+            (target + self.tid * 16).value,
+            (scales + source.wide() * size).value,
+            emit.bit(self.tid < plan.num_scales * size // 16),
+        )

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantize_kernel as kernels
+from qlora_jax.quant.formats import DYNAMIC8
 from tests.pallas_kernels.test_matvec import make_weight
 from tests.pallas_kernels.test_quantize_kernel import (
     CODEBOOKS,
     DTYPES,
     dequantize_by_rule,
     quantize_by_rule,
+    quantize_scales_by_rule,
     weight_with_edges,
 )
+from tests.tolerances import ULP_NESTED_OFFSET
 
 pytestmark = pytest.mark.gpu
 
@@ -45,12 +48,23 @@ def test_dequantize_equals_the_rule(name, block_size, nested, dtype):
     assert np.asarray(y).tobytes() == dequantize_by_rule(packed, spec, dtype).tobytes()
 
 
-def test_double_quantization_follows():
-    packed, spec = make_weight(512, 1024)
-    w = np.random.default_rng(0).normal(size=(512, 1024)).astype(jnp.bfloat16)
-    out = jax.jit(lambda w: kernels.quantize(w, spec))(jnp.asarray(w))
-    assert out.absmax.dtype == jnp.uint8
-    assert out.nested_absmax.shape == packed.nested_absmax.shape
+@pytest.mark.parametrize("n, k", [(512, 1024), (24, 4160), (4096, 14336)])
+def test_double_quantization_equals_the_rule(n, k):
+    """Scales that fill their blocks of 256 and do not, few and many."""
+    _, spec = make_weight(16, 64)
+    spec = dataclasses.replace(spec, n=n, k=k, nested_codebook=DYNAMIC8.codebook)
+    w = np.random.default_rng(0).normal(size=(n, k)).astype(jnp.bfloat16)
+    quantize = jax.jit(lambda w: kernels.quantize(w, spec))
+    out = quantize(jnp.asarray(w))
+    absmax = np.abs(w.astype(np.float32)).reshape(-1, 64).max(1)
+    offset = np.asarray(out.offset)
+    exact = np.float32(absmax.astype(np.float64).mean())
+    assert abs(offset - exact) <= ULP_NESTED_OFFSET * np.spacing(exact)
+    q, nested_absmax = quantize_scales_by_rule(absmax, offset, spec)
+    np.testing.assert_array_equal(np.asarray(out.absmax).reshape(-1), q)
+    np.testing.assert_array_equal(np.asarray(out.nested_absmax), nested_absmax)
+    again = quantize(jnp.asarray(w))
+    assert np.asarray(again.offset).tobytes() == offset.tobytes(), "two runs"
 
 
 def test_a_layer_of_a_stack_is_decoded():

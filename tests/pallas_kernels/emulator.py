@@ -18,7 +18,7 @@ import numpy as np
 
 from pallas_kernels import emit
 from tests.pallas_kernels.turns import Turns
-from tests.pallas_kernels.values import Int, NumpyOps, Ref, permute
+from tests.pallas_kernels.values import Int, NumpyOps, Ref, lop3, permute
 
 _HALVES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
 _SHARED_BASE = 1024
@@ -293,7 +293,7 @@ class Emulator:
     def _step(self, op, operands, mask, read, write, predicates):
         """One instruction."""
         kind = op[0]
-        if op[:2] == ["mbarrier", "try_wait"]:
+        if op[0] == "mbarrier" and op[1] in ("try_wait", "test_wait"):
             wait = self._wait_counted if self.turns else self._wait
             wait(read(operands[1].strip("[]")), read(operands[2]), mask)
         elif kind == "mbarrier" and op[1] == "init":
@@ -336,8 +336,9 @@ class Emulator:
             source = read(operands[2]).reshape(-1, 32).astype(np.int64)
             if op[2] == "bfly":
                 source = np.arange(32) ^ source
-            else:
-                source = source % 32
+            else:  # a lane of one's own segment
+                segment = read(operands[3]).reshape(-1, 32).astype(np.int64) >> 8 & 31
+                source = np.arange(32) & segment | source & ~segment & 31
             shuffled = np.take_along_axis(value, source, 1)
             write(operands[0], shuffled.reshape(-1), mask)
         elif kind == "ldmatrix":
@@ -368,10 +369,17 @@ class Emulator:
                 half = _HALVES[last[:-2]]
                 a, b, c = (v.view(half).astype(np.float64) for v in values)
                 return (a * b + c).astype(half).view(np.uint32)
+            if kind == "max" and last.endswith("x2"):
+                a, b = (v.view(_HALVES[last[:-2]]) for v in values)
+                if op[1:3] == ["xorsign", "abs"]:
+                    sign = (values[0] ^ values[1]) & np.uint32(0x80008000)
+                    return np.fmax(abs(a), abs(b)).view(np.uint32) | sign
+                return np.fmax(a, b).view(np.uint32)
             if last == "f32" and kind != "mov":
                 return {
                     "add": lambda a, b: a + b,
                     "mul": lambda a, b: a * b,
+                    "div": lambda a, b: a / b,
                     "sqrt": np.sqrt,
                     "max": np.fmax,
                     "min": np.fmin,
@@ -384,6 +392,7 @@ class Emulator:
                 "add": lambda a, b: a + b,
                 "sub": lambda a, b: a - b,
                 "min": np.minimum,
+                "max": np.maximum,
                 "and": lambda a, b: a & b,
                 "or": lambda a, b: a | b,
                 "shl": lambda a, b: a << b,
@@ -391,6 +400,7 @@ class Emulator:
                 "mad": lambda a, b, c: a * b + c,
                 "bfe": lambda a, b, c: (a >> b) & ((np.uint32(1) << c) - np.uint32(1)),
                 "prmt": permute,
+                "lop3": lop3,
             }[kind](*values)
 
     @staticmethod

@@ -24,14 +24,11 @@ def emulate(monkeypatch, x, packed, spec, transposed, lazy=False):
     operands = {
         "x": x,
         "codes": packed.codes,
-        "absmax": packed.absmax,
-        "nested_absmax": packed.nested_absmax,
-        "offset": packed.offset,
+        "scales": matmul_sm80.make_scales(packed, plan),
         "layer": packed.layer,
         "pairs": pair_table(spec.codebook, name),
-        "map": spec.nested_codebook and np.float32(spec.nested_codebook),
     }
-    operands = {k: np.array(v) for k, v in operands.items() if v is not None}
+    operands = {k: np.atleast_1d(v) for k, v in operands.items() if v is not None}
     for block in range(plan.tiles_m * plan.tiles_n):
         refs = {"smem": plan.smem_bytes, **operands, "y": y}
         emulator = Emulator(THREADS, block, refs, lazy)
@@ -69,7 +66,7 @@ def test_a_layer_of_a_stack_is_read_in_place(monkeypatch, transposed):
     packed, spec = make_weight(64, 128, layers=3)
     x = np.random.default_rng(0).normal(size=(8, 64 if transposed else 128))
     x = x.astype(jnp.bfloat16)
-    indexed = dataclasses.replace(packed, layer=np.asarray([1], np.int32))
+    indexed = dataclasses.replace(packed, layer=np.int32(1))
     y = emulate(monkeypatch, x, indexed, spec, transposed)
     weight = decoded(jax.tree.map(lambda leaf: leaf[1], packed), spec)
     expected = x.astype(np.float64) @ (weight if transposed else weight.T)

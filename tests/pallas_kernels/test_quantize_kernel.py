@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dequantize_body, nearest, quantize_body, quantize_scales_body
 from pallas_kernels import quantize_kernel as kernels
 from pallas_kernels.packed import PackedSpec, PackedWeight
 from qlora_jax.quant import FORMATS
+from qlora_jax.quant.formats import DYNAMIC8
 from tests.pallas_kernels.emulator import Emulator
+from tests.tolerances import ULP_NESTED_OFFSET
 
 NF4 = FORMATS["nf4"].codebook
 _FP4 = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
@@ -18,6 +21,7 @@ FP4 = (*_FP4, *(-x for x in _FP4))
 INT4 = tuple(i / 8 for i in range(-8, 8))  # midpoints on the edges of intervals
 CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 NESTED = tuple(float(v) for v in np.linspace(-1, 1, 256, dtype=np.float32))
+BODIES = (dequantize_body, quantize_body, quantize_scales_body)
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
 
 
@@ -40,6 +44,19 @@ def quantize_by_rule(w, spec):
     return codes[:, 0::2] << 4 | codes[:, 1::2], absmax
 
 
+def quantize_scales_by_rule(absmax, offset, spec):
+    """The definition: what is left of the offset, by blocks, nearest codes."""
+    numbers = np.asarray(spec.nested_codebook, np.float32)
+    midpoints = (numbers[1:] + numbers[:-1]) / np.float32(2)
+    blocks = absmax - offset
+    blocks = np.pad(blocks, (0, -absmax.size % spec.nested_block_size))
+    blocks = blocks.reshape(-1, spec.nested_block_size)
+    nested_absmax = np.abs(blocks).max(axis=1)
+    inverse = np.float32(1) / nested_absmax
+    codes = np.searchsorted(midpoints, blocks * inverse[:, None], side="left")
+    return codes.astype(np.uint8).reshape(-1)[: absmax.size], nested_absmax
+
+
 def dequantize_by_rule(packed, spec, dtype):
     """The definition: two roundings of a scale, one of the product, one to `dtype`."""
     scales = packed.absmax.reshape(-1)
@@ -56,12 +73,14 @@ def dequantize_by_rule(packed, spec, dtype):
 @pytest.fixture
 def run(monkeypatch):
     """Runs an emitter over a grid of two blocks on numpy; returns its buffers."""
-    monkeypatch.setattr(kernels, "_BLOCKS_OF_THREADS", 2)
+    monkeypatch.setattr(dequantize_body, "BLOCKS_OF_THREADS", 2)
+    monkeypatch.setattr(quantize_body, "BLOCKS_OF_THREADS", 2)
 
-    def run(emitter, refs, smem_bytes):
+    def run(emitter, refs, smem_bytes, threads=256):
         for block in range(2):
-            emulator = Emulator(256, block, {"smem": smem_bytes, **refs})
-            monkeypatch.setattr(kernels, "emit", emulator)
+            emulator = Emulator(threads, block, {"smem": smem_bytes, **refs})
+            for module in BODIES:
+                monkeypatch.setattr(module, "emit", emulator)
             emitter(emulator.refs).build()
         return emulator.refs
 
@@ -88,12 +107,12 @@ def test_quantize_equals_the_rule(run, name, dtype):
     absmax = np.full(spec.num_blocks, np.nan, np.float32)
     refs = {
         "w": w,
-        "table": kernels._interval_table(spec.codebook),
+        "table": nearest.even_cells(spec.codebook),
         "codes": codes,
         "absmax": absmax,
     }
-    emitter = lambda refs: kernels._Quantize(spec, dtype, refs)
-    out = run(emitter, refs, kernels._TABLE_ROWS * 128)
+    emitter = lambda refs: quantize_body.Quantize(spec, dtype, refs)
+    out = run(emitter, refs, quantize_body.smem_bytes(), quantize_body.THREADS)
     expected_codes, expected_absmax = quantize_by_rule(w, spec)
     np.testing.assert_array_equal(
         out["codes"].bytes.reshape(codes.shape), expected_codes
@@ -107,27 +126,53 @@ def test_blocks_of_other_sizes_quantize(run, block_size):
     w = np.random.default_rng(0).normal(size=(4, 512)).astype(np.float32)
     refs = {
         "w": w,
-        "table": kernels._interval_table(NF4),
+        "table": nearest.even_cells(NF4),
         "codes": np.zeros((4, 256), np.uint8),
         "absmax": np.zeros(spec.num_blocks, np.float32),
     }
-    emitter = lambda refs: kernels._Quantize(spec, jnp.float32, refs)
-    out = run(emitter, refs, kernels._TABLE_ROWS * 128)
+    emitter = lambda refs: quantize_body.Quantize(spec, jnp.float32, refs)
+    out = run(emitter, refs, quantize_body.smem_bytes(), quantize_body.THREADS)
     codes, absmax = quantize_by_rule(w, spec)
     np.testing.assert_array_equal(out["codes"].bytes.reshape(4, 256), codes)
     np.testing.assert_array_equal(out["absmax"].bytes.view(np.float32), absmax)
+
+
+# A midpoint a little below the edge of a cell, 1 / 128.
+_LOW = (-1.0, -0.9, -0.75, -0.6, -0.5, -0.4, -0.3, -0.2, 0.0)
+NEAR_EDGE = (*_LOW, 2.0**-6 - 2.0**-16, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
+
+
+@pytest.mark.parametrize("codebook", [*CODEBOOKS.values(), NEAR_EDGE])
+def test_numbers_next_to_midpoints(run, codebook):
+    """Each midpoint and the float32 numbers on both sides, at an absmax of 1."""
+    midpoints, _ = nearest.neighbours(codebook)
+    sides = [np.nextafter(midpoints, np.float32(to)) for to in (-2, 2)]
+    w = np.concatenate([midpoints, *sides, np.zeros(1, np.float32)])
+    w = np.pad(w, (0, 64 - w.size), constant_values=1).reshape(1, 64)
+    spec = PackedSpec(codebook, 1, 64)
+    refs = {
+        "w": w,
+        "table": nearest.even_cells(codebook),
+        "codes": np.zeros((1, 32), np.uint8),
+        "absmax": np.zeros(1, np.float32),
+    }
+    emitter = lambda refs: quantize_body.Quantize(spec, jnp.float32, refs)
+    out = run(emitter, refs, quantize_body.smem_bytes(), quantize_body.THREADS)
+    np.testing.assert_array_equal(
+        out["codes"].bytes.reshape(1, 32), quantize_by_rule(w, spec)[0]
+    )
 
 
 def test_a_block_of_zeros_gets_the_code_of_zero(run):
     spec = PackedSpec(NF4, 1, 64)
     refs = {
         "w": np.zeros((1, 64), np.float32),
-        "table": kernels._interval_table(NF4),
+        "table": nearest.even_cells(NF4),
         "codes": np.zeros((1, 32), np.uint8),
         "absmax": np.ones(1, np.float32),
     }
-    emitter = lambda refs: kernels._Quantize(spec, jnp.float32, refs)
-    out = run(emitter, refs, kernels._TABLE_ROWS * 128)
+    emitter = lambda refs: quantize_body.Quantize(spec, jnp.float32, refs)
+    out = run(emitter, refs, quantize_body.smem_bytes(), quantize_body.THREADS)
     assert set(out["codes"].bytes.tolist()) == {0x77}
 
 
@@ -154,8 +199,8 @@ def test_dequantize_equals_the_rule(run, block_size, nested, dtype):
     refs = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     refs |= {"table": table, "layer": np.asarray([1], np.int32)}
     refs["y"] = np.full((n, k), np.nan, dtype)
-    emitter = lambda refs: kernels._Dequantize(spec, jnp.dtype(dtype), refs)
-    out = run(emitter, refs, 16 * 128 + 1024)
+    emitter = lambda refs: dequantize_body.Dequantize(spec, jnp.dtype(dtype), refs)
+    out = run(emitter, refs, dequantize_body.smem_bytes(spec))
     expected = dequantize_by_rule(jax.tree.map(lambda a: a[1], packed), spec, dtype)
     assert out["y"].bytes.tobytes() == expected.tobytes()
 
@@ -177,25 +222,45 @@ def test_both_lower_for_cuda(dtype):
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_the_interval_table_decides_every_edge():
-    """At each midpoint and the numbers next to it, for each codebook."""
-    for codebook in CODEBOOKS.values():
-        table = kernels._interval_table(codebook)
-        values = np.unique(np.asarray(codebook, np.float32) + np.float32(0))
-        midpoints = (values[1:] + values[:-1]) / np.float32(2)
-        x = np.concatenate(
-            [
-                midpoints,
-                values,
-                np.nextafter(midpoints, np.float32(-2)),
-                np.nextafter(midpoints, np.float32(2)),
-            ]
-        )
-        interval = np.floor(x.astype(np.float64) * 128 + 128).astype(int)
-        above = x > table[interval, 0].view(np.float32)
-        codes = np.where(above, table[interval, 1] >> 8, table[interval, 1] & 255)
-        nearest = np.searchsorted(midpoints, x, side="left")
-        np.testing.assert_array_equal(np.float32(codebook)[codes], values[nearest])
+@pytest.mark.parametrize("num_blocks", [1024, 8 * 13])
+def test_scales_are_quantized_by_the_rule(run, num_blocks):
+    """Double quantization of a first pass' scales, whole blocks of 256 and not."""
+    spec = PackedSpec(NF4, num_blocks // 8, 512, 64, DYNAMIC8.codebook)
+    rng = np.random.default_rng(2)
+    w = (rng.normal(size=(spec.n, spec.k)) * 0.02).astype(jnp.bfloat16)
+    refs = {
+        "w": w,
+        "table": nearest.even_cells(NF4),
+        "codes": np.zeros((spec.n, spec.k // 2), np.uint8),
+        "absmax": np.full(spec.num_blocks, np.nan, np.float32),
+        "sums": np.full(2, np.nan, np.float32),
+    }
+    emitter = lambda refs: quantize_body.Quantize(spec, jnp.bfloat16, refs)
+    first = run(emitter, refs, quantize_body.smem_bytes(), quantize_body.THREADS)
+    absmax, sums = (first[name].bytes.view(np.float32) for name in ("absmax", "sums"))
+    _, expected_absmax = quantize_by_rule(w, spec)
+    np.testing.assert_array_equal(absmax, expected_absmax)
+    cells = nearest.float_cells(spec.nested_codebook)
+    num_nested = quantize_scales_body.num_nested(spec)
+    refs = {
+        "absmax": absmax,
+        "sums": sums,
+        "table": cells.entries,
+        "codes": np.full(spec.num_blocks, 0xAA, np.uint8),
+        "nested_absmax": np.full(num_nested, np.nan, np.float32),
+        "offset": np.full(1, np.nan, np.float32),
+    }
+    emitter = lambda refs: quantize_scales_body.QuantizeScales(spec, 2, refs)
+    smem_bytes = quantize_scales_body.smem_bytes(cells)
+    out = run(emitter, refs, smem_bytes, quantize_scales_body.THREADS)
+    (offset,) = out["offset"].bytes.view(np.float32)
+    exact = np.float32(absmax.astype(np.float64).mean())
+    assert abs(offset - exact) <= ULP_NESTED_OFFSET * np.spacing(exact)
+    q, nested_absmax = quantize_scales_by_rule(absmax, offset, spec)
+    np.testing.assert_array_equal(out["codes"].bytes, q)
+    np.testing.assert_array_equal(
+        out["nested_absmax"].bytes.view(np.float32), nested_absmax
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,3 +277,23 @@ def test_what_quantize_cannot_is_said(change, message):
     spec = dataclasses.replace(PackedSpec(NF4, 8, 512), **change)
     with pytest.raises(NotImplementedError, match=message):
         kernels.quantize(jnp.ones((spec.n, spec.k), jnp.bfloat16), spec)
+
+
+def test_quantize_is_refused_where_its_instructions_are_not(monkeypatch):
+    monkeypatch.setattr(kernels.tuning, "compute_capability", lambda: 8.0)
+    with pytest.raises(NotImplementedError, match=r"capability=8\.0: max\.xorsign"):
+        kernels.quantize(jnp.ones((8, 512), jnp.bfloat16), PackedSpec(NF4, 8, 512))
+
+
+@pytest.mark.parametrize("nested_block_size, by_kernel", [(256, True), (128, False)])
+def test_who_quantizes_the_scales(nested_block_size, by_kernel):
+    """The second kernel, or the plain form, by the size of nested blocks."""
+    spec = PackedSpec(NF4, 64, 512, 64, DYNAMIC8.codebook, nested_block_size)
+    w = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16)
+    traced = jax.jit(lambda w: kernels.quantize(w, spec)).trace(w)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("quantize_scales" in text) == by_kernel
+    q, nested_absmax = traced.out_info.absmax, traced.out_info.nested_absmax
+    assert (q.shape, q.dtype) == ((64, 8), jnp.uint8)
+    assert nested_absmax.shape == (512 // nested_block_size,)
+    assert traced.out_info.offset.shape == ()

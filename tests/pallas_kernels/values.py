@@ -99,3 +99,13 @@ def permute(a, b, selector):
         byte = np.take_along_axis(octets, index[None].astype(np.int64), 0)[0]
         result |= byte << np.uint32(8 * i)
     return result
+
+
+def lop3(a, b, c, table):
+    """`lop3`: bit by bit, bit 4 a + 2 b + c of the table."""
+    result = np.zeros_like(a)
+    for i in range(8):
+        taken = (table >> np.uint32(i) & np.uint32(1)).astype(bool)
+        bits = [v if i >> j & 1 else ~v for v, j in ((a, 2), (b, 1), (c, 0))]
+        result |= np.where(taken, bits[0] & bits[1] & bits[2], np.uint32(0))
+    return result
