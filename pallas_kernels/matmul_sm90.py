@@ -262,8 +262,9 @@ def _call(direction, x, packed, spec, config, addend):
         tail = [t, u]
     out_shape = (x.shape[0], out_features + -out_features % STEP)
     row_blocks = spec.k // spec.block_size
-    layers = 1 if packed.layer is None else packed.codes.shape[0]
-    layer = jnp.zeros((), jnp.int32) if packed.layer is None else packed.layer
+    stacked = packed.layer is not None
+    layers = packed.codes.shape[0] if stacked else 1
+    layer = [packed.layer.reshape(1).astype(jnp.int32)] if stacked else []
     # [layers * n, k / 2]: the layer is an offset of rows
     codes = packed.codes.reshape(layers * spec.n, spec.k // 2)
     scales = [packed.absmax.reshape(layers * spec.n * row_blocks)]
@@ -289,6 +290,7 @@ def _call(direction, x, packed, spec, config, addend):
             forward=direction == "forward",
             spec=spec,
             config=config,
+            stacked=stacked,
             tail=tail[0].shape[1] // STEP if tail else 0,
         ),
         out_type=out_type,
@@ -305,10 +307,10 @@ def _call(direction, x, packed, spec, config, addend):
         kernel_name=f"packed_matmul_{direction}",
     )
     out = kernel(
-        layer.reshape(1).astype(jnp.int32),
         jnp.array(pairs),
         x,
         codes,
+        *layer,
         *tail,
         *counters,
         *scales,

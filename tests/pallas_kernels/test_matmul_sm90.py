@@ -127,8 +127,8 @@ def test_lanes_hold_the_first_operand(direction, permuted, wg, half):
     decoders = [lanes.Permute(NF4, "bfloat16")] * permuted
     decoders += [lanes.Table()] * (4 - permuted)
     got = np.full((64, 64), np.nan, np.float32)
-    step = lanes.decode_step(ops, forward, decoders, words, scale_words)
-    for row, column, pair in step:
+    pairs = lanes.look_up(ops, decoders, words)
+    for row, column, pair in lanes.scale_pairs(ops, forward, pairs, scale_words):
         numbers = np.ascontiguousarray(pair).view(bf16).reshape(128, 2)
         features = lanes.feature(LANE) + row
         columns = 8 * column + 2 * (LANE & 3)
