@@ -77,7 +77,7 @@ class Problem:
         self.calls = int(np.clip(3e-3 / (self.flops / 700e12 + 5e-6), 3, 48))
         self.programs: dict[str, Callable[[], list]] = {}
 
-    def ways(self, tune: bool) -> dict[str, Callable]:
+    def ways(self, options: registry.Options) -> dict[str, Callable]:
         """What is timed, by name."""
         public, kernel = OPS[self.op]
         spec = self.spec
@@ -87,14 +87,15 @@ class Problem:
         ways = {
             name: lambda x, p, name=name: public(x, p, spec, implementation=name)
             for name in names
+            if name in (options.implementations or names)
         }
-        if not tune:
+        if not options.tune:
             return ways
         configs = [c for c in matmul_sm90.candidates() if c.tile_m < 2 * self.m]
         return {
             f"sm90 {config}": lambda x, p, c=config: kernel(x, p, spec, config=c)
             for config in configs
-        } | {"two_pass": ways["two_pass"]}
+        } | {name: way for name, way in ways.items() if name == "two_pass"}
 
     def compile(self, name: str, way: Callable) -> None:
         """Makes a program of a way."""
@@ -141,7 +142,7 @@ def large_matmuls(options: registry.Options) -> Iterator[registry.Row]:
         compiled = [
             pool.submit(problem.compile, name, way)
             for problem in problems
-            for name, way in problem.ways(options.tune).items()
+            for name, way in problem.ways(options).items()
         ]
         for one in compiled:
             one.result()
@@ -154,7 +155,9 @@ def large_matmuls(options: registry.Options) -> Iterator[registry.Row]:
 
 def _measure(problem: Problem, options: registry.Options) -> Iterator[registry.Row]:
     bf16, programs = problem.bf16(), problem.programs
-    times = registry.compare([bf16, *programs.values()], calls=problem.calls)
+    times = registry.compare(
+        [bf16, *programs.values()], calls=problem.calls, repeats=options.repeats
+    )
     for (name, run), (taken, exact) in zip(programs.items(), times, strict=True):
         yield registry.Row(
             op=problem.op,
@@ -187,6 +190,8 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="every configuration")
     parser.add_argument("--shape", help="one shape, as 4096x14336: k and n")
     parser.add_argument("--rows", help="of x: 512,2048")
+    parser.add_argument("--implementations", help="of the matmuls: sm90,two_pass")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
     parser.add_argument("--only", help="the benchmark of this name alone")
     parser.add_argument("--limit", type=float, help="start nothing after so many s")
     arguments = parser.parse_args()
@@ -203,8 +208,16 @@ def main() -> None:
         shape = k, n
     if arguments.rows:
         rows = tuple(map(int, arguments.rows.split(",")))
+    names = arguments.implementations
     options = registry.Options(
-        arguments.quick, shape, rows, arguments.tune, bandwidth, flops
+        arguments.quick,
+        shape,
+        rows,
+        arguments.tune,
+        bandwidth,
+        flops,
+        tuple(names.split(",")) if names else None,
+        arguments.repeats,
     )
     print(f"copies {bandwidth / 1e12:.2f} TB/s, bfloat16 {flops / 1e12:.0f} TFLOP/s")
     print(registry.HEADER, flush=True)

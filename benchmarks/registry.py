@@ -36,6 +36,8 @@ class Options:
         tune: try every configuration, not the chosen one alone.
         bandwidth: of a large copy on this device, bytes read and written a second.
         flops: of a large bfloat16 product on this device, a second.
+        implementations: of the large matmuls, these alone, if not None.
+        repeats: how often each is timed, next to cuBLAS.
     """
 
     quick: bool
@@ -44,6 +46,8 @@ class Options:
     tune: bool
     bandwidth: float
     flops: float
+    implementations: tuple[str, ...] | None = None
+    repeats: int = 5
 
 
 @dataclasses.dataclass(frozen=True)

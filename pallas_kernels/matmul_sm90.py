@@ -105,8 +105,6 @@ class Config:
             raise ValueError(f"{self.raster=} must be 'rows' or 'features'.")
         if not 0 <= self.permuted <= STEP_WORDS:
             raise ValueError(f"{self.permuted=} must be 0 to {STEP_WORDS}.")
-        if self.divided and self.cluster > 1:
-            raise ValueError("Tiles of a cluster are not divided: use cluster=1.")
         if self.shared_bytes > _SHARED_BYTES:
             raise ValueError(
                 f"{self} takes {self.shared_bytes} bytes of shared memory, a block has "
@@ -186,12 +184,10 @@ def default_config(direction: Pass, m: int, spec: PackedSpec) -> Config:
     """The configuration that should be fastest for this shape; see `tuning`."""
     op = "matmul" if direction == "forward" else "matmul_dx"
     tiling = tuning.best_tiling(op, m, spec)
-    # Pairs of blocks that share x pay forward, where there is much of it.
-    pairs = direction == "forward" and tiling.tile_m == 256 and m >= 1024
     return Config(
         tile_m=tiling.tile_m,
         stages={256: 4, 192: 5, 128: 6, 64: 8}[tiling.tile_m],
-        cluster=2 if pairs and not tiling.divided else 1,
+        cluster=2 if tiling.pairs else 1,
         divided=tiling.divided,
     )
 
@@ -202,6 +198,7 @@ def candidates() -> list[Config]:
         *(Config(permuted=p) for p in (0, 1, 2)),
         Config(cluster=2),
         Config(divided=True),
+        Config(cluster=2, divided=True),
         Config(tile_m=192, stages=5),
         Config(tile_m=192, stages=5, divided=True),
         Config(tile_m=128, stages=6),
@@ -262,8 +259,9 @@ def _call(direction, x, packed, spec, config, addend):
         tail = [t, u]
     out_shape = (x.shape[0], out_features + -out_features % STEP)
     row_blocks = spec.k // spec.block_size
-    layers = 1 if packed.layer is None else packed.codes.shape[0]
-    layer = jnp.zeros((), jnp.int32) if packed.layer is None else packed.layer
+    stacked = packed.layer is not None
+    layers = packed.codes.shape[0] if stacked else 1
+    layer = [packed.layer.reshape(1).astype(jnp.int32)] if stacked else []
     # [layers * n, k / 2]: the layer is an offset of rows
     codes = packed.codes.reshape(layers * spec.n, spec.k // 2)
     scales = [packed.absmax.reshape(layers * spec.n * row_blocks)]
@@ -278,17 +276,19 @@ def _call(direction, x, packed, spec, config, addend):
     out_type = jax.ShapeDtypeStruct(out_shape, x.dtype)
     counters = []
     if config.divided:
-        # A worker leaves one part at most.
-        part = (workers, TILE_FEATURES * config.tile_m)
+        # A block leaves one part at most.
+        blocks = workers * config.cluster
+        part = (blocks, TILE_FEATURES * config.tile_m)
         out_type = out_type, jax.ShapeDtypeStruct(part, jnp.float32)
         # A kernel leaves them as they were, 0.
-        counters = [jnp.zeros(8 * workers, jnp.int32)]
+        counters = [jnp.zeros(8 * blocks, jnp.int32)]
     kernel = plgpu.kernel(
         functools.partial(
             body,
             forward=direction == "forward",
             spec=spec,
             config=config,
+            stacked=stacked,
             tail=tail[0].shape[1] // STEP if tail else 0,
         ),
         out_type=out_type,
@@ -305,10 +305,10 @@ def _call(direction, x, packed, spec, config, addend):
         kernel_name=f"packed_matmul_{direction}",
     )
     out = kernel(
-        layer.reshape(1).astype(jnp.int32),
         jnp.array(pairs),
         x,
         codes,
+        *layer,
         *tail,
         *counters,
         *scales,

@@ -83,7 +83,6 @@ def scratch(dtype, spec, config) -> dict:
 
 
 def body(
-    layer_gmem,
     pairs_gmem,
     x_gmem,
     codes_gmem,
@@ -91,13 +90,20 @@ def body(
     forward,
     spec,
     config,
+    stacked,
     tail,
     **s,
 ):
     """What a block does; all refs but `s`, the scratch, are in device memory.
 
-    `tail` is how many steps an addend has, after those of the weight.
+    `stacked` says whether a layer is chosen of a stack of weights; `tail` is how many
+    steps an addend has, after those of the weight.
     """
+    layer = jnp.int32(0)
+    if stacked:
+        # Nothing else can be loaded before it is there, 0.6 us later.
+        layer_gmem, *refs = refs
+        layer = layer_gmem[0]
     if tail:
         t_gmem, u_gmem, *refs = refs
     if config.divided:
@@ -117,12 +123,15 @@ def body(
         lax.axis_size("sm"),
         config.divided,
     )
-    layer = layer_gmem[0]
     x_smem, codes_smem, scales_smem, out_smem = (
         s[f"{name}_smem"] for name in ("x", "codes", "scales", "out")
     )
     wg = lax.axis_index("wg")
     worker = lax.axis_index("sm")
+    # Of a cluster's blocks each has parts and counters of its own.
+    first_part = jnp.int32(0)
+    if config.cluster > 1:
+        first_part = lax.axis_index("cluster") * schedule.workers
 
     def place(tile):
         """First row and first feature of a tile."""
@@ -135,6 +144,10 @@ def body(
 
     def slot(count, stages):
         return lax.rem(count, jnp.int32(stages))
+
+    def next_slot(at):
+        """After a slot of codes: division by three takes a dozen instructions."""
+        return jnp.where(at == CODE_STAGES - 1, 0, at + 1)
 
     def first_step(count, index):
         """A worker's count of steps at a span of one of its segments."""
@@ -172,8 +185,7 @@ def body(
             raw = codes.load(layer, f0, i), scales.load(layer, f0, i)
             return raw, advance(position)
 
-        def put(count, raw):
-            at = slot(count, CODE_STAGES)
+        def put(at, raw):
             plgpu.barrier_wait(s["codes_empty"].at[at])
             codes.put(raw[0], codes_smem.at[at])
             scales.put(raw[1], offset, scales_smem.at[at], *numbers)
@@ -223,21 +235,22 @@ def body(
         third, position = read(position)
         put(jnp.int32(1), second)
 
-        def put_next(count, position, raw):
+        def put_next(position, at, raw):
             # A consumer decodes a step ahead, and what is read now is put a span later:
             # it is on its way while this warpgroup waits for room for x.
-            put(count + 2, raw)
+            put(at, raw)
             raw, position = read(position)
-            return position, raw
+            return position, next_slot(at), raw
 
         def span(count, carry):
             x_position, *rest = carry
-            rest = put_next(count, *rest)
+            rest = put_next(*rest)
             return copy_x(count + lead, x_position), *rest
 
         more = jnp.maximum(total - lead, 0)
-        _, *rest = lax.fori_loop(0, more, span, (x_position, position, third))
-        lax.fori_loop(more, total - 1, lambda i, rest: put_next(i, *rest), tuple(rest))
+        carry = x_position, position, jnp.int32(2), third
+        _, *rest = lax.fori_loop(0, more, span, carry)
+        lax.fori_loop(more, total - 1, lambda _, rest: put_next(*rest), tuple(rest))
 
         if config.cluster > 1:
             # A block must not end before its neighbour has released everything.
@@ -259,8 +272,7 @@ def body(
             plgpu.barrier_arrive(s["table_full"])
             plgpu.barrier_wait(s["table_full"])
 
-        def fetch(count, half):
-            at = slot(count, CODE_STAGES)
+        def fetch(at, half):
             if half == 0:
                 plgpu.barrier_wait(s["codes_full"].at[at])
             raw = _fetch_step(forward, half, codes_smem.at[at], scales_smem.at[at], wg)
@@ -268,8 +280,11 @@ def body(
                 plgpu.barrier_arrive(s["codes_empty"].at[at])
             return raw
 
-        def decode_step(raw):
-            return _decode_step(forward, dtype, decoders, raw, table)
+        def look_up(words):
+            return _look_up(decoders, dtype, words, table)
+
+        def scale(pairs, scales):
+            return _scale(forward, dtype, pairs, scales)
 
         def release(step, predicate=None):
             at = slot(step + config.stages, config.stages)
@@ -295,16 +310,17 @@ def body(
             place = seg.tile - schedule.whole
             first, count = place * schedule.parts, jnp.int32(schedule.parts)
             mine = worker - first
+            part, own = first_part + first, first_part + worker
             owners = [schedule.owner(i, len(chunks)) for i in range(len(chunks))]
             for owner, rows in zip(owners, chunks, strict=True):
-                give = functools.partial(leave_rows, y, rows, worker, wg, parts_gmem)
+                give = functools.partial(leave_rows, y, rows, own, wg, parts_gmem)
                 pl.when(mine != owner)(give)
-            meet(place, count, wg, counters_gmem)
+            meet(first_part + place, count, wg, counters_gmem)
             for owner, rows in zip(owners, chunks, strict=True):
 
                 @pl.when(mine == owner)
                 def _(rows=rows):
-                    total = add_rows(y, rows, (first, mine, count), wg, parts_gmem)
+                    total = add_rows(y, rows, (part, mine, count), wg, parts_gmem)
                     write_rows(total, rows, m0, f0)
 
             # Not every slot had its turn.
@@ -313,48 +329,53 @@ def body(
         def collect(y, seg, m0, f0):
             """Leaves a part of a tile, or adds up what others left and writes it."""
             shares = schedule.shares(worker, seg)
+            own, counter = first_part + worker, first_part + shares.place
 
             def give():
-                leave_rows(y, (0, tile_m), worker, wg, parts_gmem)
-                arrive(shares.place, wg, counters_gmem)
+                leave_rows(y, (0, tile_m), own, wg, parts_gmem)
+                arrive(counter, wg, counters_gmem)
 
             def take():
-                wait(shares.place, shares.others, wg, counters_gmem)
-                workers = worker, jnp.int32(0), shares.others + 1
+                wait(counter, shares.others, wg, counters_gmem)
+                workers = own, jnp.int32(0), shares.others + 1
                 for rows in chunks:
                     total = add_rows(y, rows, workers, wg, parts_gmem)
                     write_rows(total, rows, m0, f0)
 
             lax.cond(shares.leaves, give, take)
 
-        def segment(index, w):
+        def segment(index, carry):
             seg = schedule.segment(worker, index)
             m0, f0 = place(seg.tile)
             start = first_step(seg.start, index)
 
             @functools.partial(pl.run_scoped, acc=plgpu.ACC((64, tile_m), jnp.float32))
-            def w_last(acc):
+            def last(acc):
                 def multiply(w, step):
                     at = slot(step, config.stages)
                     plgpu.barrier_wait(s["x_full"].at[at])
                     plgpu.wgmma(acc, w, x_smem.at[at].T)
-                    # The step before is done: its x is free, and its weights.
-                    plgpu.wgmma_wait(1)
 
-                def span(i, w):
-                    count = seg.start + i
-                    step = start + i * SPAN_STEPS
-                    raw = fetch(count, 1)
+                def step_and_next(w, step, raw, predicate=None):
+                    """Starts a product; returns the operand of the next one."""
+                    words, scales = raw
                     multiply(w, step)
-                    release(step - 1, i > 0)
-                    w = decode_step(raw)
-                    # After the last one of all too: codes of some tile, never used.
-                    raw = fetch(count + 1, 0)
-                    multiply(w, step + 1)
-                    release(step)
-                    return decode_step(raw)
+                    # Numbers are looked up while two products are under way. But their
+                    # registers as an operand are those of the first one.
+                    pairs = look_up(words)
+                    plgpu.wgmma_wait(1)
+                    release(step - 1, predicate)
+                    return scale(pairs, scales)
 
-                w_last = lax.fori_loop(0, seg.length, span, w)
+                def span(i, carry):
+                    w, at = carry
+                    step = start + i * SPAN_STEPS
+                    w = step_and_next(w, step, fetch(at, 1), i > 0)
+                    # After the last one of all too: codes of some tile, never used.
+                    at = next_slot(at)
+                    return step_and_next(w, step + 1, fetch(at, 0)), at
+
+                last = lax.fori_loop(0, seg.length, span, carry)
                 end = start + seg.length * SPAN_STEPS
 
                 def finish():
@@ -388,12 +409,14 @@ def body(
                     )
                 else:
                     collect(y, seg, m0, f0)
-                return w_last
+                return last
 
-            return w_last
+            return last
 
-        w = decode_step(fetch(jnp.int32(0), 0))
-        lax.fori_loop(0, schedule.segments(worker), segment, w)
+        first = jnp.int32(0)
+        words, scales = fetch(first, 0)
+        carry = scale(look_up(words), scales), first
+        lax.fori_loop(0, schedule.segments(worker), segment, carry)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     lax.cond(wg < 2, consume, load)
@@ -437,32 +460,53 @@ def _fetch_step(forward, half, codes_smem, scales_smem, wg):
     return run(codes_smem, scales_smem, wg)
 
 
-def _decode_step(forward, dtype, decoders, raw, table):
-    """A consumer's first operand of wgmma from what `_fetch_step` loaded.
+def _look_up(decoders, dtype, words, table):
+    """A consumer's pairs of numbers of a step's words, not scaled yet."""
+    out = per_lane(STEP // 4)
+
+    @plgpu.inline_mgpu(
+        arg_types=(strided(words), tuple(plgpu.RefType() for _ in table)),
+        return_type=out,
+    )
+    def run(_, words, table):
+        ops = lanes.LaneOps(dtype.name, *table)
+        pairs = lanes.look_up(ops, decoders, lanes.registers(words))
+        return lanes.from_registers(pairs, out)
+
+    return run(words, table)
+
+
+def _scale(forward, dtype, pairs, scales):
+    """A consumer's first operand of wgmma from what `_look_up` returned.
 
     Returns:
         [64, 64] of `dtype`, features (`lanes.feature` of the row) by contraction.
     """
 
     @plgpu.inline_mgpu(
-        arg_types=(
-            tuple(map(strided, raw)),
-            tuple(plgpu.RefType() for _ in table),
-        ),
-        return_type=plgpu.ShapeDtypeStruct((64, STEP), dtype, plgpu.Layout.WGMMA),
+        arg_types=(strided(pairs), strided(scales)), return_type=_operand_type(dtype)
     )
-    def run(_, raw, table):
-        ops = lanes.LaneOps(dtype.name, *table)
-        layout = plgpu.Layout.WGMMA.to_mgpu()
-        pair_type = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(dtype))
-        out = np.empty(layout.registers_shape((64, STEP)), dtype=object)
-        by_column = out.reshape(STEP // 8, 2)
-        operand = lanes.decode_step(ops, forward, decoders, *map(lanes.registers, raw))
-        for row, column, pair in operand:
-            by_column[column, row] = mgpu_utils.bitcast(pair.value, pair_type)
-        return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
+    def run(_, pairs, scales):
+        ops = lanes.LaneOps(dtype.name)
+        inputs = map(lanes.registers, (pairs, scales))
+        return _operand(dtype, lanes.scale_pairs(ops, forward, *inputs))
 
-    return run(raw, table)
+    return run(pairs, scales)
+
+
+def _operand_type(dtype):
+    return plgpu.ShapeDtypeStruct((64, STEP), dtype, plgpu.Layout.WGMMA)
+
+
+def _operand(dtype, pairs):
+    """The first operand of wgmma from row, column of eight and pair of registers."""
+    layout = plgpu.Layout.WGMMA.to_mgpu()
+    pair_type = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(dtype))
+    out = np.empty(layout.registers_shape((64, STEP)), dtype=object)
+    by_column = out.reshape(STEP // 8, 2)
+    for row, column, pair in pairs:
+        by_column[column, row] = mgpu_utils.bitcast(pair.value, pair_type)
+    return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
 
 def _load_tail(u_gmem, f0, wg, step):
@@ -497,22 +541,13 @@ def _tail_operand(dtype, words):
     operands of one are defined while another runs. A product by 1 defines them here.
     """
 
-    @plgpu.inline_mgpu(
-        arg_types=(strided(words),),
-        return_type=plgpu.ShapeDtypeStruct((64, STEP), dtype, plgpu.Layout.WGMMA),
-    )
+    @plgpu.inline_mgpu(arg_types=(strided(words),), return_type=_operand_type(dtype))
     def run(_, words):
         ops = lanes.LaneOps(dtype.name)
         one = lanes.Word(int(np.ones(2, dtype).view(np.uint32)[0]))
-        layout = plgpu.Layout.WGMMA.to_mgpu()
-        pair_type = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(dtype))
-        out = np.empty(layout.registers_shape((64, STEP)), dtype=object)
-        by_column = out.reshape(STEP // 8, 2)
-        for i, word in enumerate(lanes.registers(words)):
-            row, column = divmod(i, STEP // 8)
-            pair = ops.multiply_pair(word, one)
-            by_column[column, row] = mgpu_utils.bitcast(pair.value, pair_type)
-        return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
+        words = enumerate(lanes.registers(words))
+        products = ((i, ops.multiply_pair(word, one)) for i, word in words)
+        return _operand(dtype, ((*divmod(i, STEP // 8), pair) for i, pair in products))
 
     return run(words)
 

@@ -173,22 +173,33 @@ def tail_source(lane: Integer, wg: Integer) -> tuple[Integer, list[int]]:
     return wg * 64 + feature(lane), list(range(0, STEP, 8))
 
 
-def decode_step(ops, forward: bool, decoders, words, scales):
-    """Yields row, column of eight and pair of numbers of a lane's first operand.
+def look_up(ops, decoders, words) -> list:
+    """The pairs of numbers of a lane's words of codes, before they are scaled.
+
+    Pair 8 r + i is of the lane's row r and of columns 8 i + 2 q and the next.
 
     Args:
         ops: the lane's table and arithmetic.
-        forward: the pass.
         decoders: `Table` or `Permute` for each of the four words of a step.
         words: at `codes_address`.
+    """
+    words = zip(words, decoders, strict=True)
+    return [pair for word, decoder in words for pair in decoder(ops, word)]
+
+
+def scale_pairs(ops, forward: bool, pairs, scales):
+    """Yields row, column of eight and pair of numbers of a lane's first operand.
+
+    Args:
+        ops: the lane's arithmetic.
+        forward: the pass.
+        pairs: what `look_up` returns.
         scales: at `scale_loads`.
     """
-    for i, (word, decoder) in enumerate(zip(words, decoders, strict=True)):
-        row, half = divmod(i, 2)
-        for j, number in enumerate(decoder(ops, word)):
-            column = 4 * half + j
-            scale = scales[row if forward else column]
-            yield row, column, ops.multiply_pair(number, scale)
+    for i, pair in enumerate(pairs):
+        row, column = divmod(i, STEP // 8)
+        scale = scales[row if forward else column]
+        yield row, column, ops.multiply_pair(pair, scale)
 
 
 class Table:

@@ -48,10 +48,12 @@ TILE_FEATURES, STEP = 128, 64
 _STEP = {256: 0.81, 192: 0.68, 128: 0.66, 64: 0.54}
 # Microseconds of adding up the parts of tiles that are cut alike; and of tiles that lie
 # end to end, where steps take longer too, since blocks read different columns of x.
-_ALIKE, _END_TO_END, _END_TO_END_STEP = 9.0, 16.0, 1.08
+_ALIKE, _END_TO_END, _END_TO_END_STEP = 9.0, 16.0, 1.1
+# Rows of the tiles that pairs of blocks compute together, where all go at once.
+_PAIRS = 256
 # Microseconds of decoding 10**6 weights to memory and of reading them again, and
 # operations of the product in one.
-_DECODE, _READ, _PRODUCT = 0.8, 0.5, 690e6
+_DECODE, _READ, _PRODUCT = 0.8, 0.5, 700e6
 # Bytes a microsecond of a pass over results that adds a thin product to them.
 _ADDING = 2.9e6
 
@@ -64,11 +66,13 @@ class Tiling:
         microseconds: expected.
         divided: whether tiles are divided along the contraction.
         tile_m: rows of a tile.
+        pairs: whether pairs of blocks share tiles of x.
     """
 
     microseconds: float
     divided: bool
     tile_m: int
+    pairs: bool
 
 
 def best_tiling(op: Op, m: int, spec: PackedSpec) -> Tiling:
@@ -80,19 +84,23 @@ def best_tiling(op: Op, m: int, spec: PackedSpec) -> Tiling:
     forward = op == "matmul"
     features, contraction = (spec.n, spec.k) if forward else (spec.k, spec.n)
     steps = -(-contraction // STEP)
+    columns = -(-features // TILE_FEATURES)
     workers = multiprocessors()
 
     def tilings():
         for tile_m, step in _STEP.items():
-            tiles = -(-features // TILE_FEATURES) * -(-m // tile_m)
-            yield Tiling(-(-tiles // workers) * steps * step, False, tile_m)
+            tiles = columns * -(-m // tile_m)
+            pairs = tile_m == _PAIRS and columns % 2 == 0 and tiles <= workers
+            round_ = steps * step
+            yield Tiling(-(-tiles // workers) * round_, False, tile_m, pairs)
             cut = Schedule(tiles, -(-steps // 2), workers, divided=True)
+            whole = cut.whole // workers * round_
             if cut.parts > 1:
-                rounds = cut.whole // workers + 1 / cut.parts
-                yield Tiling(rounds * steps * step + _ALIKE, True, tile_m)
+                taken = whole + round_ / cut.parts + _ALIKE
+                yield Tiling(taken, True, tile_m, pairs)
             elif cut.cut:
-                taken = tiles / workers * steps * step * _END_TO_END_STEP
-                yield Tiling(taken + _END_TO_END, True, tile_m)
+                taken = whole + cut.cut / workers * round_ * _END_TO_END_STEP
+                yield Tiling(taken + _END_TO_END, True, tile_m, pairs)
 
     return min(tilings())
 

@@ -21,6 +21,7 @@ CONFIGS = [
     matmul_sm90.Config(tile_m=128, stages=6, raster_width=4),
     matmul_sm90.Config(tile_m=64, stages=8, permuted=0),
     matmul_sm90.Config(permuted=0, divided=True),
+    matmul_sm90.Config(cluster=2, divided=True),
 ]
 PASSES = {"forward": matmul_sm90.matmul, "backward": matmul_sm90.matmul_dx}
 
@@ -127,8 +128,8 @@ def test_lanes_hold_the_first_operand(direction, permuted, wg, half):
     decoders = [lanes.Permute(NF4, "bfloat16")] * permuted
     decoders += [lanes.Table()] * (4 - permuted)
     got = np.full((64, 64), np.nan, np.float32)
-    step = lanes.decode_step(ops, forward, decoders, words, scale_words)
-    for row, column, pair in step:
+    pairs = lanes.look_up(ops, decoders, words)
+    for row, column, pair in lanes.scale_pairs(ops, forward, pairs, scale_words):
         numbers = np.ascontiguousarray(pair).view(bf16).reshape(128, 2)
         features = lanes.feature(LANE) + row
         columns = 8 * column + 2 * (LANE & 3)
@@ -209,6 +210,7 @@ def test_every_configuration_lowers(config, direction):
         (1000, 16, matmul_sm90.Config(tile_m=64, stages=8)),
         (256, 128, matmul_sm90.Config(divided=True)),  # tiles cut alike
         (600, 64, matmul_sm90.Config(divided=True)),  # end to end
+        (600, 64, matmul_sm90.Config(cluster=2, divided=True)),
     ],
 )
 def test_an_addend_lowers(m, rank, config, direction):
@@ -274,11 +276,14 @@ def test_eight_bit_formats_are_refused():
     "direction, m, options",
     [
         ("forward", 8192, {"divided": True}),
-        ("forward", 2048, {"cluster": 2}),
+        ("forward", 2048, {}),
         ("forward", 512, {}),
+        ("forward", 256, {"cluster": 2}),
         ("forward", 64, {"tile_m": 64, "stages": 8}),
-        ("backward", 8192, {}),
-        ("backward", 512, {"divided": True}),
+        ("backward", 8192, {"divided": True}),
+        ("backward", 2048, {}),
+        ("backward", 1024, {"cluster": 2}),
+        ("backward", 512, {"cluster": 2, "divided": True}),
     ],
 )
 def test_default_configurations(direction, m, options):
@@ -296,7 +301,6 @@ def test_default_configurations(direction, m, options):
         ({"cluster": 3}, "must be 1 or 2"),
         ({"raster": "columns"}, "must be 'rows' or 'features'"),
         ({"permuted": 5}, "must be 0 to 4"),
-        ({"divided": True, "cluster": 2}, "not divided"),
     ],
 )
 def test_a_configuration_checks_itself(options, message):

@@ -65,20 +65,29 @@ def test_an_addend_speaks_for_one_pass(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "op, m, tile_m, divided",
+    "op, m, spec, tile_m, divided, pairs",
     [
-        ("matmul", 8192, 256, True),  # 20 of 3584 tiles are left for the last round
-        ("matmul", 512, 256, False),
-        ("matmul", 1024, 256, True),
-        ("matmul_dx", 1024, 256, False),
-        ("matmul_dx", 512, 256, True),  # 64 tiles
-        ("matmul_dx", 256, 256, True),
-        ("matmul", 64, 64, False),
+        ("matmul", 8192, WIDE, 256, True, False),  # 20 of 3584 tiles are left over
+        ("matmul", 2048, WIDE, 256, False, False),
+        ("matmul", 1024, WIDE, 256, True, False),
+        ("matmul", 512, WIDE, 256, False, False),
+        ("matmul", 256, WIDE, 256, False, True),  # one round
+        ("matmul_dx", 2048, WIDE, 256, False, False),
+        ("matmul_dx", 1024, WIDE, 256, False, True),  # 128 tiles
+        ("matmul_dx", 512, WIDE, 256, True, True),  # 64 tiles
+        ("matmul_dx", 256, WIDE, 256, True, True),
+        ("matmul", 64, WIDE, 64, False, False),
+        ("matmul", 2048, UNEVEN, 256, True, False),
+        ("matmul", 512, UNEVEN, 256, True, False),  # 84 tiles after a round
+        ("matmul", 256, UNEVEN, 256, False, True),
+        ("matmul_dx", 2048, UNEVEN, 256, True, False),
+        ("matmul_dx", 512, UNEVEN, 256, True, True),  # 80 tiles end to end
     ],
 )
-def test_tiles_follow_from_rounds(op, m, tile_m, divided):
-    tiling = tuning.best_tiling(op, m, WIDE)
-    assert (tiling.tile_m, tiling.divided) == (tile_m, divided)
+def test_tiles_follow_from_rounds(op, m, spec, tile_m, divided, pairs):
+    tiling = tuning.best_tiling(op, m, spec)
+    found = tiling.tile_m, tiling.divided, tiling.pairs
+    assert found == (tile_m, divided, pairs)
 
 
 def test_arrays_on_the_host_get_no_kernel():
