@@ -41,6 +41,12 @@ class Body:
         if "layer" in refs:
             pointer = emit.address(refs["layer"]).value
             self.layer = emit.Int(emit.ptx("ld.global.b32 $0, [$1];", pointer, out="r"))
+        # Of the slices that warps share: which one, and which rows of it.
+        shared = max(1, plan.shared_slices)
+        self.shared_slice = (
+            self.k_warp % shared + plan.full_phases * plan.slices.k_warps
+        )
+        self.share = self.k_warp // shared
         # Which of the blocks of an accumulator this lane holds sums of.
         self.sum_class = (self.t * 2) // plan.x_rows
 
@@ -133,7 +139,7 @@ class Body:
             belongs to one in `classes` of them.
         """
         plan = self.plan
-        number = phase * plan.slices.k_warps + self.k_warp
+        number = self.slice_number(phase)
         exists = number < plan.num_slices
         x, words = emit.address(self.refs["x"]), []
         row = self.g % plan.x_rows if plan.classes > 1 else self.g
@@ -155,6 +161,16 @@ class Body:
                         out="rrrr",
                     )
         return words
+
+    def slice_number(self, phase: emit.Int) -> emit.Int:
+        """The slice of this warp in a phase; from `num_slices` on there is none."""
+        plan = self.plan
+        number = phase * plan.slices.k_warps + self.k_warp
+        if not plan.shared_slices:
+            return number
+        shares = emit.both(self.share < plan.sharers, phase == plan.full_phases)
+        past = emit.select(phase < plan.full_phases, number, number + plan.num_slices)
+        return emit.select(shares, self.shared_slice, past)
 
     def spread_x(self, words: list) -> list:
         """B fragments of every block: zeros in the columns of other blocks."""
@@ -186,7 +202,7 @@ class Body:
         """Starts the copies of a unit into a slot, if there is one.
 
         Args:
-            cursor: units left, groups left in their phase, row and slice of the unit.
+            cursor: units left, units left in their phase, row and slice of the unit.
             slot: the offset of the slot in the ring.
 
         Returns:
@@ -217,13 +233,28 @@ class Body:
         left = left - emit.Int(emit.bit(exists))
         if plan.slices.phases == 1:
             return [left, group, row + 16, number]
-        wraps = group == 1
+        wraps, warps = group == 1, plan.slices.k_warps
+        units, begin, after, step = self.groups, emit.const(0), number + warps, 16
+        if plan.shared_slices:
+            own = number + warps < plan.full_phases * warps  # as the next one is
+            units = emit.select(own, units, self.shared_units())
+            begin = emit.select(own, begin, self.share * 16)
+            after = emit.select(own, after, self.shared_slice)
+            shares = number < plan.full_phases * warps
+            step = emit.select(shares, emit.const(16), emit.const(16 * plan.sharers))
         return [
             left,
-            emit.select(wraps, self.groups, group - 1),
-            emit.select(wraps, emit.const(0), row + 16),
-            number + emit.Int(emit.bit(wraps)) * plan.slices.k_warps,
+            emit.select(wraps, units, group - 1),
+            emit.select(wraps, begin, row + step),
+            emit.select(wraps, after, number),
         ]
+
+    def shared_units(self) -> emit.Int:
+        """How many groups of rows this warp has of the slice that it shares."""
+        sharers = self.plan.sharers
+        rounds = (self.groups + (sharers - 1) - self.share.min(sharers)) // sharers
+        takes = emit.both(self.share < sharers, self.share < self.groups)
+        return emit.select(takes, rounds, emit.const(0))
 
     # Arithmetic.
 
@@ -391,7 +422,10 @@ class Body:
         emit.ptx("cp.async.commit_group;")
         words_of_x = self.load_x(zero)
         self.start_stream()
-        cursor = [groups * tile.phases, self.groups, zero, self.k_warp]
+        left = groups * plan.full_phases
+        if plan.shared_slices:
+            left = left + self.shared_units()
+        cursor = [left, self.groups, zero, self.k_warp]
         early = min(2, tile.stages)
         for stage in range(early):
             cursor = self.fill(cursor, emit.const(stage * UNIT_BYTES))
@@ -406,23 +440,11 @@ class Body:
             number = phase * tile.k_warps + self.k_warp
             first = batch * tile.batch
             last = first + (groups - first.min(groups)).min(tile.batch)
-            buffer = self.sums_buffer(phase, batch)
-            mine = buffer + self.k_warp * plan.warp_sums_bytes
+            mine = self.own_sums(self.sums_buffer(phase * batches + batch))
 
             def body(group, state):
-                slot, *cursor = map(emit.Int, state)
-                emit.ptx(f"cp.async.wait_group {tile.stages - 1};")
-                emit.ptx("bar.warp.sync -1;")  # what the other lanes copied
-                codes = self.load_codes(slot)
-                emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
-                cursor = self.fill(cursor, slot)
-                scales = self.load_scales(group, number)
-                sums = self.multiply(codes, scales, x)
                 place = mine + (group - first) * plan.unit_sums_bytes
-                self.store_sums(place, sums, phase)
-                wraps = slot == (tile.stages - 1) * UNIT_BYTES
-                slot = emit.select(wraps, zero, slot + UNIT_BYTES)
-                return [v.value for v in (slot, *cursor)]
+                return self.unit(group, number, x, place, phase, state)
 
             return emit.loop(first, last, one, state, body)
 
@@ -440,72 +462,209 @@ class Body:
                 def batch_body(batch, state):
                     state = units(phase, batch, x, state)
                     emit.barrier()
-                    self.reduce(phase, batch)
+                    self.reduce(phase, batch, self.sums_buffer(phase * batches + batch))
                     return state
 
-                batches = (self.groups + (tile.batch - 1)) // tile.batch
                 state = emit.loop(zero, batches, one, state, batch_body)
             if tile.phases > 1 and not early:
                 words = self.load_x(phase + 1)
             return [*words, *state]
 
+        batches = (self.groups + (tile.batch - 1)) // tile.batch
         state = words_of_x + [v.value for v in (zero, *cursor)]
         if tile.phases == 1:
             phase_body(zero, state)
         else:
-            emit.loop(zero, emit.const(tile.phases), one, state, phase_body)
+            full = emit.const(plan.full_phases)
+            state = emit.loop(zero, full, one, state, phase_body)
+        if plan.shared_slices:
+            words, state = state[: len(words_of_x)], state[len(words_of_x) :]
+            before = batches * plan.full_phases
+            self.shared_phase(self.spread_x(words), before, state)
         if plan.accumulates:
             emit.barrier()
-            self.reduce(zero, zero)
+            self.reduce(zero, zero, self.at["sums"])
 
-    def sums_buffer(self, phase: emit.Int, batch: emit.Int) -> emit.Int:
+    def unit(
+        self, group: emit.Int, number: emit.Int, x: list, place: emit.Int, phase, state
+    ) -> list:
+        """Multiplies 16 rows of a slice.
+
+        Args:
+            group: which rows.
+            number: which slice.
+            x: its fragments.
+            place: where the sums go.
+            phase: of the slice.
+            state: the slot of the codes, and the cursor of those to be copied.
+        """
+        stages = self.plan.slices.stages
+        slot, *cursor = map(emit.Int, state)
+        emit.ptx(f"cp.async.wait_group {stages - 1};")
+        emit.ptx("bar.warp.sync -1;")  # what the other lanes copied
+        codes = self.load_codes(slot)
+        emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
+        cursor = self.fill(cursor, slot)
+        scales = self.load_scales(group, number)
+        sums = self.multiply(codes, scales, x)
+        self.store_sums(place, sums, phase)
+        wraps = slot == (stages - 1) * UNIT_BYTES
+        slot = emit.select(wraps, emit.const(0), slot + UNIT_BYTES)
+        return [v.value for v in (slot, *cursor)]
+
+    def shared_phase(self, x: list, before: emit.Int, state: list):
+        """The last slices, fewer than warps: those that share one divide its rows.
+
+        Args:
+            x: the fragments of this warp's slice.
+            before: reductions so far.
+            state: of `unit`.
+        """
+        plan = self.plan
+        one, phase = emit.const(1), emit.const(plan.full_phases)
+        units, number = self.shared_units(), self.shared_slice
+
+        def accumulate(i, state):
+            group = i * plan.sharers + self.share
+            mine = self.own_sums(self.at["sums"] + group * plan.unit_sums_bytes)
+            return self.unit(group, number, x, mine, phase, state)
+
+        def together(i, state):
+            buffer = self.sums_buffer(before + i)
+
+            def own(i, state):
+                group = i * plan.sharers + self.share
+                return self.unit(group, number, x, self.own_sums(buffer), phase, state)
+
+            state = emit.loop(i, emit.select(i < units, i + 1, i), one, state, own)
+            emit.barrier()
+            self.reduce_shared(i * plan.sharers, buffer)
+            return state
+
+        if plan.accumulates:
+            emit.loop(emit.const(0), units, one, state, accumulate)
+        else:
+            rounds = (self.groups + (plan.sharers - 1)) // plan.sharers
+            emit.loop(emit.const(0), rounds, one, state, together)
+
+    def sums_buffer(self, step: emit.Int) -> emit.Int:
         """Where the sums of a batch lie: two take turns, unless one is all."""
         if self.plan.accumulates:
             return self.at["sums"]
-        step = phase * self.plan.max_batches + batch
         return self.at["sums"] + step % 2 * self.plan.sums_bytes
 
-    def reduce(self, phase: emit.Int, batch: emit.Int):
+    def own_sums(self, base: emit.Int) -> emit.Int:
+        """Where this warp's sums lie in those of a unit."""
+        own = base + self.k_warp * self.plan.warp_sums_bytes
+        first = self.k_warp < self.plan.half
+        return emit.select(first, own, own + self.plan.half_shift)
+
+    def reduce(self, phase: emit.Int, batch: emit.Int, buffer: emit.Int):
         """Adds the sums of a batch over the warps, always in the same order.
 
-        They are added to those of the phases before, and written to y in the last.
-        Two batches' sums have room, so one barrier a batch is enough.
+        Two threads share a number, each adds up those of half of the warps. They are
+        added to those of the phases before, and written to y in the last. Two batches'
+        sums have room, so one barrier a batch is enough.
         """
         plan, tile = self.plan, self.plan.slices
-        y = emit.address(self.refs["y"])
-        buffer, first = self.sums_buffer(phase, batch), batch * tile.batch
-        has_totals = tile.phases > 1 and not plan.accumulates
+        first = batch * tile.batch
         groups = (self.groups - first).min(tile.batch)
         last = 0 if plan.accumulates else tile.phases - 1
+        leads = self.lane < 16
+        buffer = emit.select(leads, buffer, buffer + plan.sums_place(plan.half))
+
+        def body(i, carry):
+            row, rest = i % 16, i // 32
+            x_row, group = rest % plan.m, rest // plan.m
+            at = group * plan.unit_sums_bytes + (x_row * plan.sum_pitch + row) * 4
+            total = emit.zero()
+            for warp in range(plan.half):
+                # Of an odd number of warps the second thread has one less.
+                there = leads if warp + plan.half >= tile.k_warps else None
+                place = buffer + at + warp * plan.warp_sums_bytes
+                total = self.add(total, place, there)
+            total = emit.ptx(
+                "{.reg .f32 o; shfl.sync.bfly.b32 o, $1, 16, 31, -1; "
+                "add.rn.f32 $0, $1, o;}",
+                total,
+                out="f",
+            )
+            group = first + group
+            self.finish(group, row, x_row, total, phase == 0, phase == last, leads)
+            return carry
+
+        total = groups * (32 * plan.m)
+        emit.loop(self.tid, total, emit.const(tile.threads), [], body)
+
+    def reduce_shared(self, first: emit.Int, buffer: emit.Int):
+        """The same for a round of slices that warps share, a group of rows each."""
+        plan = self.plan
+        true = self.tid == self.tid
+        groups = (self.groups - first).min(plan.sharers)
 
         def body(i, carry):
             row, rest = i % 16, i // 16
             x_row, group = rest % plan.m, rest // plan.m
-            at = group * (plan.unit_sums_bytes // 4) + x_row * plan.sum_pitch + row
+            at = (x_row * plan.sum_pitch + row) * 4
             total = emit.zero()
-            for warp in range(tile.k_warps):
-                partial = emit.ptx(
-                    f"ld.shared.f32 $0, [$1+{warp * plan.warp_sums_bytes}];",
-                    (buffer + at * 4).value,
-                    out="f",
+            for j in range(plan.shared_slices):
+                warp = group * plan.shared_slices + j
+                shift = emit.select(
+                    warp < plan.half, emit.const(0), emit.const(plan.half_shift)
                 )
-                total = emit.ptx("add.rn.f32 $0, $1, $2;", total, partial, out="f")
-            row = (first + group) * 16 + row
-            if has_totals:
-                place = (self.at["totals"] + (row * plan.m + x_row) * 4).value
-                before = emit.ptx("ld.shared.f32 $0, [$1];", place, out="f")
-                before = emit.pick(phase == 0, emit.zero(), before)
-                total = emit.ptx("add.rn.f32 $0, $1, $2;", total, before, out="f")
-                emit.ptx("st.shared.f32 [$0], $1;", place, total)
-            n = self.first * 16 + row
-            emit.ptx(
-                "{.reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; "
-                f"cvt.rn.{plan.ptx_type}.f32 h, $1; @p st.global.b16 [$0], h;}}",
-                (y + (x_row * plan.n + n).wide() * 2).value,
-                total,
-                emit.bit(emit.both(n < plan.n, phase == last)),
-            )
+                place = buffer + at + warp * plan.warp_sums_bytes + shift
+                total = self.add(total, place)
+            self.finish(first + group, row, x_row, total, false, true, true)
             return carry
 
+        false = self.tid < 0
         total = groups * (16 * plan.m)
-        emit.loop(self.tid, total, emit.const(tile.threads), [], body)
+        emit.loop(self.tid, total, emit.const(plan.slices.threads), [], body)
+
+    def add(self, total, place: emit.Int, when=None):
+        """The sum of `total` and a number in shared memory, if it is there."""
+        load = "ld.shared.f32 o, [$2];"
+        if when is not None:
+            load = f"setp.ne.b32 p, $3, 0; mov.b32 o, 0; @p {load}"
+        return emit.ptx(
+            f"{{.reg .pred p; .reg .f32 o; {load} add.rn.f32 $0, $1, o;}}",
+            total,
+            place.value,
+            *([] if when is None else [emit.bit(when)]),
+            out="f",
+        )
+
+    def finish(self, group, row: emit.Int, x_row: emit.Int, total, begins, ends, when):
+        """Adds a number of y to that of the phases before; writes it after the last.
+
+        Args:
+            group: of rows, of this block of threads.
+            row: in the group.
+            x_row: row of x.
+            total: of this phase.
+            begins: whether there was none before.
+            ends: whether it is the last.
+            when: whether this thread writes; all lanes get here.
+        """
+        plan = self.plan
+        row = group * 16 + row
+        if plan.slices.phases > 1 and not plan.accumulates:
+            place = (self.at["totals"] + (row * plan.m + x_row) * 4).value
+            before = emit.ptx("ld.shared.f32 $0, [$1];", place, out="f")
+            before = emit.pick(begins, emit.zero(), before)
+            total = emit.ptx("add.rn.f32 $0, $1, $2;", total, before, out="f")
+            emit.ptx("bar.warp.sync -1;")  # who shares it has read it
+            emit.ptx(
+                "{.reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1;}",
+                place,
+                total,
+                emit.bit(when),
+            )
+        n = self.first * 16 + row
+        emit.ptx(
+            "{.reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; "
+            f"cvt.rn.{plan.ptx_type}.f32 h, $1; @p st.global.b16 [$0], h;}}",
+            (emit.address(self.refs["y"]) + (x_row * plan.n + n).wide() * 2).value,
+            total,
+            emit.bit(emit.both(emit.both(n < plan.n, when), ends)),
+        )

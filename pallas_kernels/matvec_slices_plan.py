@@ -17,7 +17,8 @@ class Slices:
 
     Attributes:
         k_warps: warps that take a slice of 256 columns each.
-        phases: how many slices a warp takes, one after the other.
+        phases: how many slices a warp takes, one after the other. Where slices are
+            left for fewer warps in the last phase, several warps share one by rows.
         stages: units of 16 rows by 256 columns in the ring of each warp.
         batch: units of a warp between two reductions.
     """
@@ -61,6 +62,21 @@ class SlicePlan(Problem):
         return self.k // CHUNK
 
     @property
+    def full_phases(self) -> int:
+        """Phases in which each warp has a slice of its own."""
+        return self.num_slices // self.slices.k_warps
+
+    @property
+    def shared_slices(self) -> int:
+        """Slices of the phase after those."""
+        return self.num_slices % self.slices.k_warps
+
+    @property
+    def sharers(self) -> int:
+        """Warps that share one of them: each takes every so many-th group of rows."""
+        return self.slices.k_warps // max(1, self.shared_slices)
+
+    @property
     def row_groups(self) -> int:
         """Groups of 16 rows of the whole weight."""
         return -(-self.n // 16)
@@ -69,11 +85,6 @@ class SlicePlan(Problem):
     def max_groups(self) -> int:
         """Groups of a block of threads, at most."""
         return -(-self.row_groups // self.grid)
-
-    @property
-    def max_batches(self) -> int:
-        """Batches of a phase, at most."""
-        return -(-self.max_groups // self.slices.batch)
 
     @property
     def accumulates(self) -> bool:
@@ -116,9 +127,23 @@ class SlicePlan(Problem):
         return 4 * self.m * self.sum_pitch
 
     @property
+    def half(self) -> int:
+        """Warps whose sums the first of two threads adds up, the other the rest."""
+        return -(-self.slices.k_warps // 2)
+
+    @property
+    def half_shift(self) -> int:
+        """Bytes between the sums of the two halves: half of the banks."""
+        return 64
+
+    @property
     def unit_sums_bytes(self) -> int:
         """Sums of the units of all warps in the same rows."""
-        return self.slices.k_warps * self.warp_sums_bytes
+        return self.sums_place(self.slices.k_warps)
+
+    def sums_place(self, warp: int) -> int:
+        """Where a warp's sums begin in those of a unit: halves in different banks."""
+        return warp * self.warp_sums_bytes + self.half_shift * (warp >= self.half)
 
     @property
     def sums_bytes(self) -> int:
