@@ -131,7 +131,8 @@ class Body:
         self.offset = emit.ptx("ld.global.nc.f32 $0, [$1];", pointer.value, out="f")
 
     def load_x(self, phase: emit.Int) -> list:
-        """Reads this lane's part of x in a slice: 16 columns of blocks and rows.
+        """Reads this lane's part of x in a slice: 16 columns of blocks and rows, eight
+        of each half of a block.
 
         Returns:
             Eight words for each of its blocks and each eight rows of x, zeros where
@@ -147,15 +148,15 @@ class Body:
         for block in range(0, BLOCKS, plan.classes):
             for j in range(plan.x_tiles):
                 valid = emit.both(row + 8 * j < plan.m, exists)
-                column = (first + block) * BLOCK + self.t * 16
+                column = (first + block) * BLOCK + self.t * 8
                 at = (row + 8 * j) * plan.k + number * CHUNK + column
                 at = emit.select(valid, at, emit.const(0))
-                for half in range(2):
+                for half in range(2):  # of a block: a quad reads 64 bytes on end
                     words += emit.ptx(
                         "{.reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; "
                         "mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; @p "
                         "ld.global.nc.v4.b32 {$0, $1, $2, $3}, "
-                        f"[$4+{16 * half}];}}",
+                        f"[$4+{BLOCK * half}];}}",
                         (x + at.wide() * 2).value,
                         emit.bit(valid),
                         out="rrrr",
@@ -191,7 +192,7 @@ class Body:
         """Where this lane copies from, and to."""
         plan = self.plan
         self.copy_row, piece = self.lane // 8, self.lane % 8
-        swizzled = piece ^ (self.copy_row * 2)
+        swizzled = piece ^ self.copy_row  # of the first four rows of eight
         self.target = self.ring + self.copy_row * CHUNK_BYTES + swizzled * 16
         codes = emit.address(self.refs["codes"])
         codes = codes + self.layer.wide() * (plan.n * plan.k // 2)
@@ -225,7 +226,7 @@ class Body:
             emit.ptx(
                 "{.reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.cg.shared.global "
                 f"[$0+{4 * i * CHUNK_BYTES}], [$1+{offset}], 16;}}",
-                (self.target + slot).value,
+                ((self.target + slot) ^ i % 2 * 64).value,  # swizzled
                 source.value,
                 emit.bit(exists),
             )
@@ -259,19 +260,22 @@ class Body:
     # Arithmetic.
 
     def load_codes(self, slot: emit.Int) -> list[list]:
-        """This lane's 16 columns of each block in two rows: four words a block."""
+        """This lane's 8 columns of each half of a block in two rows: four words."""
         blocks = []
+        place = self.ring + slot + self.g * (CHUNK_BYTES + 16) + self.t * 4
         for block in range(BLOCKS):
-            place = (self.g % 4 ^ block) * 32  # swizzled
-            address = self.ring + slot + self.g * CHUNK_BYTES + place + self.t * 8
-            words = []
-            for half in range(2):
-                words += emit.ptx(
-                    f"ld.shared.v2.b32 {{$0, $1}}, [$2+{8 * half * CHUNK_BYTES}];",
-                    address.value,
-                    out="rr",
-                )
-            blocks.append(words)
+            addresses = [place ^ (2 * block + q) * 16 for q in range(2)]  # swizzled
+            blocks.append(
+                [
+                    emit.ptx(
+                        f"ld.shared.b32 $0, [$1+{8 * half * CHUNK_BYTES}];",
+                        address.value,
+                        out="r",
+                    )
+                    for half in range(2)
+                    for address in addresses
+                ]
+            )
         return blocks
 
     def load_scales(self, group: emit.Int, number: emit.Int) -> list:

@@ -10,7 +10,7 @@ from typing import Any
 from pallas_kernels import emit
 from pallas_kernels.decode import byte_table, decode_word
 from pallas_kernels.matvec_plan import BLOCK, CHUNK_BYTES
-from pallas_kernels.skinny_plan import FEATURES, STEPS, SkinnyPlan
+from pallas_kernels.skinny_plan import FEATURES, HALVES, STEPS, SkinnyPlan
 
 # Registers of a lane in wgmma's first operand of a step.
 OPERAND = 16
@@ -94,10 +94,10 @@ class Body:
     def bring_x(self):
         """Copies x, 64 columns of all rows after the other, into the ring of tiles."""
         plan = self.plan
-        start = self.first % plan.chunks * STEPS
+        start = self.first % plan.tile_units * STEPS
 
         def window(i: emit.Int):
-            block = (start + i) % (plan.chunks * STEPS)
+            block = (start + i) % (plan.tile_units * STEPS)
             return emit.const(0), emit.const(0), block * BLOCK, (plan.rows, BLOCK)
 
         steps = (self.end - self.first) * STEPS
@@ -106,15 +106,16 @@ class Body:
     def bring_codes(self):
         """Copies codes, 256 columns of a tile's features after the other."""
         plan = self.plan
+        first = self.first // HALVES
 
         def window(i: emit.Int):
-            unit = self.first + i
-            row = unit // plan.chunks * plan.features
-            column = unit % plan.chunks * CHUNK_BYTES
+            chunk = first + i
+            row = chunk // plan.chunks * plan.features
+            column = chunk % plan.chunks * CHUNK_BYTES
             return self.layer, row, column, (plan.features, CHUNK_BYTES)
 
-        units = self.end - self.first
-        self.bring("codes", plan.cut.slots, plan.slot_bytes, units, window)
+        chunks = (self.end + (HALVES - 1)) // HALVES - first
+        self.bring("codes", plan.cut.slots, plan.slot_bytes, chunks, window)
 
     def bring(
         self, name: str, stages: int, size: int, total: emit.Int, window: Callable
@@ -177,7 +178,8 @@ class Body:
         """Goes through the run of units of this block, tile after tile."""
         plan, cut = self.plan, self.plan.cut
         zero, one = emit.const(0), emit.const(1)
-        scales = self.load_scales(self.first)
+        chunk = self.first // HALVES
+        words = self.load_scales(chunk)
         if plan.nested_block_size is not None:
             pointer = emit.address(self.refs["offset"]) + self.layer.wide() * 4
             load = "ld.global.nc.f32 $0, [$1];"
@@ -190,14 +192,16 @@ class Body:
         place = (self.warp * 16 + row) * CHUNK_BYTES + (row % 8 ^ half) * 16
         self.codes = self.at["codes"] + place
         self.wait("codes full", zero, zero)
-        codes = self.exchange(self.load_codes(zero, 0))
-        first_tile = self.first // plan.chunks
-        tiles = (self.end - 1) // plan.chunks - first_tile + 1
+        block = self.first % HALVES * STEPS
+        codes = self.exchange(self.load_codes(zero, block))
+        scales = [*self.decode_scales(words), *self.load_scales(chunk + 1)]
+        first_tile = self.first // plan.tile_units
+        tiles = (self.end - 1) // plan.tile_units - first_tile + 1
 
         def tile_body(i, state):
             tile = first_tile + i
-            first = emit.select(i == 0, self.first, tile * plan.chunks)
-            end = ((tile + 1) * plan.chunks).min(self.end)
+            first = emit.select(i == 0, self.first, tile * plan.tile_units)
+            end = ((tile + 1) * plan.tile_units).min(self.end)
             sums = [emit.zero()] * (plan.rows // 2)
 
             def unit_body(unit, state):
@@ -248,16 +252,18 @@ class Body:
 
     # Scales.
 
-    def load_scales(self, unit: emit.Int) -> list:
-        """Starts to read scales of this lane's rows, of block t of a unit.
+    def load_scales(self, chunk: emit.Int) -> list:
+        """Starts to read scales of this lane's rows, of block t of a chunk.
 
         Returns:
             What memory holds: a scale, or its code and the scale of scales, a row.
         """
         plan = self.plan
-        unit = emit.select(unit < self.end, unit, self.end - 1)
-        block = (unit % plan.chunks * STEPS + self.t).min(plan.k // BLOCK - 1)
-        first = unit // plan.chunks * plan.features + self.warp * 16 + self.row
+        last = (self.end - 1) // HALVES
+        chunk = emit.select(last < chunk, last, chunk)
+        block = chunk % plan.chunks * (HALVES * STEPS) + self.t
+        block = block.min(plan.k // BLOCK - 1)
+        first = chunk // plan.chunks * plan.features + self.warp * 16 + self.row
         layer, words = self.layer.wide(), []
         for r in range(2):
             row = (first + 2 * r).min(plan.n - 1)
@@ -300,9 +306,9 @@ class Body:
 
     # Arithmetic.
 
-    def load_codes(self, slot: emit.Int, step: int) -> list:
+    def load_codes(self, slot: emit.Int, block: emit.Int) -> list:
         """Four words: half a block of one of a quad's two rows."""
-        address = (self.codes + slot * self.plan.slot_bytes) ^ 32 * step  # swizzled
+        address = (self.codes + slot * self.plan.slot_bytes) ^ block * 32  # swizzled
         return list(
             emit.ptx(
                 "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", address.value, out="rrrr"
@@ -356,54 +362,75 @@ class Body:
             emit.ptx("{.reg .b32 a; " + lookups + "}", word, lane, table, out="rrrr")
         )
 
-    def operand(self, codes: list, scales: list, step: int) -> list:
+    def operand(self, codes: list, scales: list, block: emit.Int) -> list:
         """The first operand of a step: 64 features by 64 columns of a warpgroup.
+
+        Shared memory is what bounds the kernel, and permutes spare it.
+
+        Args:
+            codes: four words of this lane.
+            scales: of two rows, of block t of the chunk.
+            block: which block of the chunk it is.
 
         Returns:
             Four registers for each 16 columns.
         """
-        ops = emit.lane_ops(self.plan.dtype)
-        registers: list = [None] * 16
-        source = (self.lane - self.t + step).value
+        plan, ops = self.plan, emit.lane_ops(self.plan.dtype)
+        low, high = (
+            [emit.const(x).value for x in part]
+            for part in byte_table(plan.codebook, plan.dtype)
+        )
+        registers: list = [None] * OPERAND
+        source = (self.lane - self.t + block).value
         for r in range(2):
             scale = emit.ptx(
                 "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", scales[r], source, out="r"
             )
             for half in range(2):
-                for i, pair in enumerate(self.decode(codes[r + 2 * half])):
+                word = codes[r + 2 * half]
+                if 2 * r + half < plan.cut.permuted:
+                    pairs = decode_word(ops, word, (low, high))
+                else:
+                    pairs = self.decode(word)
+                for i, pair in enumerate(pairs):
                     at = 2 * (4 * half + i) + r
                     registers[at] = ops.multiply_pair(pair, scale)
         return registers
 
     def unit(self, unit: emit.Int, first: emit.Int, state: list) -> list:
-        """Multiplies 256 columns.
+        """Multiplies half a chunk, 128 columns.
 
         Args:
             unit: which one.
             first: the first one of this block in the tile.
             state: sums; stage and parity of x, slot and parity of codes, what is to
                 be announced, the first operand that may be in use, the lane's codes of
-                the first step, and what was read of scales.
+                the first step, scales of the chunk, and what was read of those of the
+                next one.
         """
         plan, cut = self.plan, self.plan.cut
         count = plan.rows // 2
         sums, state = state[:count], state[count:]
         stage, parity, slot, slot_parity, left = map(emit.Int, state[:5])
         used, state = state[5 : 5 + OPERAND], state[5 + OPERAND :]
-        codes, words = state[:4], state[4:]
+        codes, scales, words = state[:4], state[4:6], state[6:]
         leader, later = self.lane == 0, first < unit
-        scales, words = self.decode_scales(words), self.load_scales(unit + 1)
+        half = unit % HALVES
+        ends = half == HALVES - 1  # the chunk
         for step in range(STEPS):
             # The product of the step before is under way.
-            a = self.operand(codes, scales, step)
+            a = self.operand(codes, scales, half * STEPS + step)
             if step == STEPS - 1:
                 emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
-                self.arrive("codes empty", slot, leader)
-                slot, slot_parity = self.turn(slot, slot_parity, cut.slots)
-                self.wait_for_more(unit, slot, slot_parity)
-                codes = self.load_codes(slot, 0)
+                self.arrive("codes empty", slot, emit.both(leader, ends))
+                after, after_parity = self.turn(slot, slot_parity, cut.slots)
+                slot = emit.select(ends, after, slot)
+                slot_parity = emit.select(ends, after_parity, slot_parity)
+                self.wait_for_more(unit, ends, slot, slot_parity)
+                block = emit.select(ends, emit.const(0), (half + 1) * STEPS)
+                codes = self.load_codes(slot, block)
             else:
-                codes = self.load_codes(slot, step + 1)
+                codes = self.load_codes(slot, half * STEPS + (step + 1))
             self.wait("x full", stage, parity)
             a = emit.wgmma_fence(a)
             tile = emit.tile_descriptor(self.at["x"] + stage * plan.x_bytes)
@@ -418,17 +445,26 @@ class Body:
             self.give_back(stage, emit.both(leader, later) if step == 0 else leader)
             used = a
             stage, parity = self.turn(stage, parity, cut.stages)
+
+        def next_scales(i, state):
+            return [*self.decode_scales(state[2:]), *self.load_scales(after_next)]
+
+        after_next = unit // HALVES + 2
+        once = emit.Int(emit.bit(ends))
+        scales = emit.loop(
+            emit.const(0), once, emit.const(1), [*scales, *words], next_scales
+        )
         left = self.announce(left)
         numbers = [v.value for v in (stage, parity, slot, slot_parity, left)]
-        return [*sums, *numbers, *used, *codes, *words]
+        return [*sums, *numbers, *used, *codes, *scales]
 
-    def wait_for_more(self, unit: emit.Int, slot: emit.Int, parity: emit.Int):
-        """Waits for the codes after a unit, if there are any."""
+    def wait_for_more(self, unit: emit.Int, ends, slot: emit.Int, parity: emit.Int):
+        """Waits for the codes after a unit that `ends` a chunk, if there are any."""
 
         def wait():
             self.wait("codes full", slot, parity)
 
-        emit.branch(unit + 1 < self.end, wait, lambda: None)
+        emit.branch(emit.both(ends, unit + 1 < self.end), wait, lambda: None)
 
     def give_back(self, stage: emit.Int, when):
         """Says that the tile of x before `stage` may be written over."""
@@ -471,7 +507,7 @@ class Body:
         index = tile * (plan.cut.workers // 32) + self.warp
         left = emit.select(owner < self.block, index + 1, emit.const(0))
         # If there is more to do, memory gets the time.
-        more = (tile + 1) * plan.chunks < self.end
+        more = (tile + 1) * plan.tile_units < self.end
 
         def leave():
             where = self.part(self.block)

@@ -7,7 +7,9 @@ from pallas_kernels.matvec_plan import BLOCK, CHUNK, CHUNK_BYTES, TABLE_BYTES, P
 
 # Features of a warpgroup: rows of wgmma's first operand.
 FEATURES = 64
-STEPS = CHUNK // BLOCK
+# A chunk of codes is worked on in two units, of as many blocks each.
+HALVES = 2
+STEPS = CHUNK // BLOCK // HALVES
 REGISTERS = 65536
 
 
@@ -19,17 +21,22 @@ class Cut:
         consumers: warpgroups that decode and multiply, 64 features each.
         stages: tiles of x, 64 columns each, in shared memory.
         slots: chunks of codes, 256 columns of all features, in shared memory.
+        permuted: how many of the four words of codes that a lane has of a block are
+            decoded by permutes, not by the table.
     """
 
     consumers: int = 4
     stages: int = 8
     slots: int = 2
+    permuted: int = 0
 
     def __post_init__(self):
         if not 2 <= self.consumers <= 4:
             raise ValueError(f"{self} must have 2 to 4 consumers.")
         if self.stages < 2 or self.slots < 2:
             raise ValueError(f"{self} must have 2 stages and 2 slots at least.")
+        if not 0 <= self.permuted <= 4:
+            raise ValueError(f"{self} must have 0 to 4 words permuted.")
 
     @property
     def workers(self) -> int:
@@ -55,8 +62,8 @@ class SkinnyPlan(Problem):
     """Everything static about one kernel.
 
     A tile is 64 features of each consumer, all of k. Tiles are laid end to end and cut
-    into as many runs of chunks as there are blocks of threads; a run may begin or end
-    inside of a tile.
+    into as many runs of units, half chunks, as there are blocks of threads; a run may
+    begin or end inside of a tile.
     """
 
     cut: Cut
@@ -85,15 +92,20 @@ class SkinnyPlan(Problem):
         return -(-self.n // self.features)
 
     @property
+    def tile_units(self) -> int:
+        """Units of a tile."""
+        return HALVES * self.chunks
+
+    @property
     def units(self) -> int:
-        """Chunks of all tiles."""
-        return self.tiles * self.chunks
+        """Units of all tiles."""
+        return self.tiles * self.tile_units
 
     def sharers(self, tile: Any) -> tuple[Any, Any]:
         """The first and the last block of threads that have units of a tile."""
-        begin = tile * self.chunks
+        begin = tile * self.tile_units
         owner = ((begin + 1) * self.grid - 1) // self.units
-        last = ((begin + self.chunks) * self.grid - 1) // self.units
+        last = ((begin + self.tile_units) * self.grid - 1) // self.units
         return owner, last
 
     @property
