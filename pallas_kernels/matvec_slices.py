@@ -131,8 +131,7 @@ class Body:
         self.offset = emit.ptx("ld.global.nc.f32 $0, [$1];", pointer.value, out="f")
 
     def load_x(self, phase: emit.Int) -> list:
-        """Reads this lane's part of x in a slice: 16 columns of blocks and rows, eight
-        of each half of a block.
+        """Reads this lane's part of x in a slice: in blocks, 8 columns of each half.
 
         Returns:
             Eight words for each of its blocks and each eight rows of x, zeros where
