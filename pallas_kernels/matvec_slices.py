@@ -131,7 +131,7 @@ class Body:
         self.offset = emit.ptx("ld.global.nc.f32 $0, [$1];", pointer.value, out="f")
 
     def load_x(self, phase: emit.Int) -> list:
-        """Reads this lane's part of x in a slice: in blocks, 8 columns of each half.
+        """Reads this lane's part of x in a slice: 16 columns of blocks and rows.
 
         Returns:
             Eight words for each of its blocks and each eight rows of x, zeros where
@@ -147,15 +147,15 @@ class Body:
         for block in range(0, BLOCKS, plan.classes):
             for j in range(plan.x_tiles):
                 valid = emit.both(row + 8 * j < plan.m, exists)
-                column = (first + block) * BLOCK + self.t * 8
+                column = (first + block) * BLOCK + self.t * 16
                 at = (row + 8 * j) * plan.k + number * CHUNK + column
                 at = emit.select(valid, at, emit.const(0))
-                for half in range(2):  # of a block: a quad reads 64 bytes on end
+                for half in range(2):
                     words += emit.ptx(
                         "{.reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; "
                         "mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; @p "
                         "ld.global.nc.v4.b32 {$0, $1, $2, $3}, "
-                        f"[$4+{BLOCK * half}];}}",
+                        f"[$4+{16 * half}];}}",
                         (x + at.wide() * 2).value,
                         emit.bit(valid),
                         out="rrrr",
@@ -191,7 +191,7 @@ class Body:
         """Where this lane copies from, and to."""
         plan = self.plan
         self.copy_row, piece = self.lane // 8, self.lane % 8
-        swizzled = piece ^ self.copy_row  # of the first four rows of eight
+        swizzled = piece ^ (self.copy_row * 2)
         self.target = self.ring + self.copy_row * CHUNK_BYTES + swizzled * 16
         codes = emit.address(self.refs["codes"])
         codes = codes + self.layer.wide() * (plan.n * plan.k // 2)
@@ -225,7 +225,7 @@ class Body:
             emit.ptx(
                 "{.reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.cg.shared.global "
                 f"[$0+{4 * i * CHUNK_BYTES}], [$1+{offset}], 16;}}",
-                ((self.target + slot) ^ i % 2 * 64).value,  # swizzled
+                (self.target + slot).value,
                 source.value,
                 emit.bit(exists),
             )
@@ -259,22 +259,19 @@ class Body:
     # Arithmetic.
 
     def load_codes(self, slot: emit.Int) -> list[list]:
-        """This lane's 8 columns of each half of a block in two rows: four words."""
+        """This lane's 16 columns of each block in two rows: four words a block."""
         blocks = []
-        place = self.ring + slot + self.g * (CHUNK_BYTES + 16) + self.t * 4
         for block in range(BLOCKS):
-            addresses = [place ^ (2 * block + q) * 16 for q in range(2)]  # swizzled
-            blocks.append(
-                [
-                    emit.ptx(
-                        f"ld.shared.b32 $0, [$1+{8 * half * CHUNK_BYTES}];",
-                        address.value,
-                        out="r",
-                    )
-                    for half in range(2)
-                    for address in addresses
-                ]
-            )
+            place = (self.g % 4 ^ block) * 32  # swizzled
+            address = self.ring + slot + self.g * CHUNK_BYTES + place + self.t * 8
+            words = []
+            for half in range(2):
+                words += emit.ptx(
+                    f"ld.shared.v2.b32 {{$0, $1}}, [$2+{8 * half * CHUNK_BYTES}];",
+                    address.value,
+                    out="rr",
+                )
+            blocks.append(words)
         return blocks
 
     def load_scales(self, group: emit.Int, number: emit.Int) -> list:
@@ -558,86 +555,58 @@ class Body:
 
     def own_sums(self, base: emit.Int) -> emit.Int:
         """Where this warp's sums lie in those of a unit."""
-        own = base + self.k_warp * self.plan.warp_sums_bytes
-        first = self.k_warp < self.plan.half
-        return emit.select(first, own, own + self.plan.half_shift)
+        return base + self.k_warp * self.plan.warp_sums_bytes
 
     def reduce(self, phase: emit.Int, batch: emit.Int, buffer: emit.Int):
         """Adds the sums of a batch over the warps, always in the same order.
 
-        Two threads share a number, each adds up those of half of the warps. They are
-        added to those of the phases before, and written to y in the last. Two batches'
-        sums have room, so one barrier a batch is enough.
+        They are added to those of the phases before, and written to y in the last.
+        Two batches' sums have room, so one barrier a batch is enough.
         """
         plan, tile = self.plan, self.plan.slices
         first = batch * tile.batch
         groups = (self.groups - first).min(tile.batch)
         last = 0 if plan.accumulates else tile.phases - 1
-        leads = self.lane < 16
-        buffer = emit.select(leads, buffer, buffer + plan.sums_place(plan.half))
 
         def body(i, carry):
-            row, rest = i % 16, i // 32
+            row, rest = i % 16, i // 16
             x_row, group = rest % plan.m, rest // plan.m
             at = group * plan.unit_sums_bytes + (x_row * plan.sum_pitch + row) * 4
             total = emit.zero()
-            for warp in range(plan.half):
-                # Of an odd number of warps the second thread has one less.
-                there = leads if warp + plan.half >= tile.k_warps else None
-                place = buffer + at + warp * plan.warp_sums_bytes
-                total = self.add(total, place, there)
-            total = emit.ptx(
-                "{.reg .f32 o; shfl.sync.bfly.b32 o, $1, 16, 31, -1; "
-                "add.rn.f32 $0, $1, o;}",
-                total,
-                out="f",
-            )
-            group = first + group
-            self.finish(group, row, x_row, total, phase == 0, phase == last, leads)
+            for warp in range(tile.k_warps):
+                total = self.add(total, buffer + at + warp * plan.warp_sums_bytes)
+            self.finish(first + group, row, x_row, total, phase == 0, phase == last)
             return carry
 
-        total = groups * (32 * plan.m)
+        total = groups * (16 * plan.m)
         emit.loop(self.tid, total, emit.const(tile.threads), [], body)
 
     def reduce_shared(self, first: emit.Int, buffer: emit.Int):
         """The same for a round of slices that warps share, a group of rows each."""
         plan = self.plan
-        true = self.tid == self.tid
+        never, always = self.tid < 0, self.tid == self.tid
         groups = (self.groups - first).min(plan.sharers)
 
         def body(i, carry):
             row, rest = i % 16, i // 16
             x_row, group = rest % plan.m, rest // plan.m
-            at = (x_row * plan.sum_pitch + row) * 4
+            warp = group * plan.shared_slices
+            at = warp * plan.warp_sums_bytes + (x_row * plan.sum_pitch + row) * 4
             total = emit.zero()
-            for j in range(plan.shared_slices):
-                warp = group * plan.shared_slices + j
-                shift = emit.select(
-                    warp < plan.half, emit.const(0), emit.const(plan.half_shift)
-                )
-                place = buffer + at + warp * plan.warp_sums_bytes + shift
-                total = self.add(total, place)
-            self.finish(first + group, row, x_row, total, false, true, true)
+            for other in range(plan.shared_slices):
+                total = self.add(total, buffer + at + other * plan.warp_sums_bytes)
+            self.finish(first + group, row, x_row, total, never, always)
             return carry
 
-        false = self.tid < 0
         total = groups * (16 * plan.m)
         emit.loop(self.tid, total, emit.const(plan.slices.threads), [], body)
 
-    def add(self, total, place: emit.Int, when=None):
-        """The sum of `total` and a number in shared memory, if it is there."""
-        load = "ld.shared.f32 o, [$2];"
-        if when is not None:
-            load = f"setp.ne.b32 p, $3, 0; mov.b32 o, 0; @p {load}"
-        return emit.ptx(
-            f"{{.reg .pred p; .reg .f32 o; {load} add.rn.f32 $0, $1, o;}}",
-            total,
-            place.value,
-            *([] if when is None else [emit.bit(when)]),
-            out="f",
-        )
+    def add(self, total, place: emit.Int):
+        """The sum of `total` and a number in shared memory."""
+        number = emit.ptx("ld.shared.f32 $0, [$1];", place.value, out="f")
+        return emit.ptx("add.rn.f32 $0, $1, $2;", total, number, out="f")
 
-    def finish(self, group, row: emit.Int, x_row: emit.Int, total, begins, ends, when):
+    def finish(self, group, row: emit.Int, x_row: emit.Int, total, begins, ends):
         """Adds a number of y to that of the phases before; writes it after the last.
 
         Args:
@@ -647,7 +616,6 @@ class Body:
             total: of this phase.
             begins: whether there was none before.
             ends: whether it is the last.
-            when: whether this thread writes; all lanes get here.
         """
         plan = self.plan
         row = group * 16 + row
@@ -656,18 +624,12 @@ class Body:
             before = emit.ptx("ld.shared.f32 $0, [$1];", place, out="f")
             before = emit.pick(begins, emit.zero(), before)
             total = emit.ptx("add.rn.f32 $0, $1, $2;", total, before, out="f")
-            emit.ptx("bar.warp.sync -1;")  # who shares it has read it
-            emit.ptx(
-                "{.reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1;}",
-                place,
-                total,
-                emit.bit(when),
-            )
+            emit.ptx("st.shared.f32 [$0], $1;", place, total)
         n = self.first * 16 + row
         emit.ptx(
             "{.reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; "
             f"cvt.rn.{plan.ptx_type}.f32 h, $1; @p st.global.b16 [$0], h;}}",
             (emit.address(self.refs["y"]) + (x_row * plan.n + n).wide() * 2).value,
             total,
-            emit.bit(emit.both(emit.both(n < plan.n, when), ends)),
+            emit.bit(emit.both(n < plan.n, ends)),
         )

@@ -127,23 +127,9 @@ class SlicePlan(Problem):
         return 4 * self.m * self.sum_pitch
 
     @property
-    def half(self) -> int:
-        """Warps whose sums the first of two threads adds up, the other the rest."""
-        return -(-self.slices.k_warps // 2)
-
-    @property
-    def half_shift(self) -> int:
-        """Bytes between the sums of the two halves: half of the banks."""
-        return 64
-
-    @property
     def unit_sums_bytes(self) -> int:
         """Sums of the units of all warps in the same rows."""
-        return self.sums_place(self.slices.k_warps)
-
-    def sums_place(self, warp: int) -> int:
-        """Where a warp's sums begin in those of a unit: halves in different banks."""
-        return warp * self.warp_sums_bytes + self.half_shift * (warp >= self.half)
+        return self.slices.k_warps * self.warp_sums_bytes
 
     @property
     def sums_bytes(self) -> int:

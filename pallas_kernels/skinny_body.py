@@ -365,8 +365,6 @@ class Body:
     def operand(self, codes: list, scales: list, block: emit.Int) -> list:
         """The first operand of a step: 64 features by 64 columns of a warpgroup.
 
-        Shared memory is what bounds the kernel, and permutes spare it.
-
         Args:
             codes: four words of this lane.
             scales: of two rows, of block t of the chunk.
@@ -375,11 +373,7 @@ class Body:
         Returns:
             Four registers for each 16 columns.
         """
-        plan, ops = self.plan, emit.lane_ops(self.plan.dtype)
-        low, high = (
-            [emit.const(x).value for x in part]
-            for part in byte_table(plan.codebook, plan.dtype)
-        )
+        ops = emit.lane_ops(self.plan.dtype)
         registers: list = [None] * OPERAND
         source = (self.lane - self.t + block).value
         for r in range(2):
@@ -387,12 +381,7 @@ class Body:
                 "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", scales[r], source, out="r"
             )
             for half in range(2):
-                word = codes[r + 2 * half]
-                if 2 * r + half < plan.cut.permuted:
-                    pairs = decode_word(ops, word, (low, high))
-                else:
-                    pairs = self.decode(word)
-                for i, pair in enumerate(pairs):
+                for i, pair in enumerate(self.decode(codes[r + 2 * half])):
                     at = 2 * (4 * half + i) + r
                     registers[at] = ops.multiply_pair(pair, scale)
         return registers

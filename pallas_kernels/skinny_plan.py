@@ -21,22 +21,17 @@ class Cut:
         consumers: warpgroups that decode and multiply, 64 features each.
         stages: tiles of x, 64 columns each, in shared memory.
         slots: chunks of codes, 256 columns of all features, in shared memory.
-        permuted: how many of the four words of codes that a lane has of a block are
-            decoded by permutes, not by the table.
     """
 
     consumers: int = 4
     stages: int = 8
     slots: int = 2
-    permuted: int = 0
 
     def __post_init__(self):
         if not 2 <= self.consumers <= 4:
             raise ValueError(f"{self} must have 2 to 4 consumers.")
         if self.stages < 2 or self.slots < 2:
             raise ValueError(f"{self} must have 2 stages and 2 slots at least.")
-        if not 0 <= self.permuted <= 4:
-            raise ValueError(f"{self} must have 0 to 4 words permuted.")
 
     @property
     def workers(self) -> int:
