@@ -46,6 +46,11 @@ class SlicePlan(Problem):
     slices: Slices
     grid: int
 
+    def __post_init__(self):
+        phases = -(-self.num_slices // self.slices.k_warps)
+        if self.slices.phases != phases:
+            raise ValueError(f"{self.slices} must have {phases=} for k={self.k}.")
+
     @property
     def threads(self) -> int:
         """Threads of one block."""

@@ -220,3 +220,10 @@ def test_what_it_cannot_is_said(m, change, message):
 def test_a_tile_has_whole_warpgroups():
     with pytest.raises(ValueError, match="must have 4, 8, 12 or 16 warps"):
         Tile(2, 1, 5)
+
+
+@pytest.mark.parametrize("phases", [1, 3])
+def test_slices_have_phases_for_all_columns(phases):
+    packed, spec = make_weight(16, 2048)
+    with pytest.raises(ValueError, match="must have phases=2 for k=2048"):
+        matvec.make_plan(1, jnp.bfloat16, packed, spec, Slices(4, phases))
