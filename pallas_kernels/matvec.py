@@ -103,12 +103,8 @@ def candidate_slices(m: int, n: int, k: int) -> list[Slices]:
     faster than deep rings (measured).
     """
     slices = k // CHUNK
-    if m <= 8:
-        phases = -(-slices // 20)
-        k_warps = -(-slices // phases)
-    else:
-        k_warps = min(slices, 16)
-        phases = -(-slices // k_warps)
+    phases = -(-slices // (20 if m <= 8 else 16))
+    k_warps = -(-slices // phases)
     groups = -(-n // (16 * tuning.multiprocessors()))
     batches = range(groups, 0, -1) if m <= 8 else (1,)
     return [Slices(k_warps, phases, 1, batch) for batch in batches]

@@ -37,16 +37,12 @@ class Body:
         block = emit.block_index()
         self.first = block * plan.row_groups // plan.grid
         self.groups = (block + 1) * plan.row_groups // plan.grid - self.first
+        batch = plan.slices.batch
+        self.batches = (self.groups + (batch - 1)) // batch
         self.layer = emit.const(0)
         if "layer" in refs:
             pointer = emit.address(refs["layer"]).value
             self.layer = emit.Int(emit.ptx("ld.global.b32 $0, [$1];", pointer, out="r"))
-        # Of the slices that warps share: which one, and which rows of it.
-        shared = max(1, plan.shared_slices)
-        self.shared_slice = (
-            self.k_warp % shared + plan.full_phases * plan.slices.k_warps
-        )
-        self.share = self.k_warp // shared
         # Which of the blocks of an accumulator this lane holds sums of.
         self.sum_class = (self.t * 2) // plan.x_rows
 
@@ -139,7 +135,7 @@ class Body:
             belongs to one in `classes` of them.
         """
         plan = self.plan
-        number = self.slice_number(phase)
+        number = phase * plan.slices.k_warps + self.k_warp
         exists = number < plan.num_slices
         x, words = emit.address(self.refs["x"]), []
         row = self.g % plan.x_rows if plan.classes > 1 else self.g
@@ -161,16 +157,6 @@ class Body:
                         out="rrrr",
                     )
         return words
-
-    def slice_number(self, phase: emit.Int) -> emit.Int:
-        """The slice of this warp in a phase; from `num_slices` on there is none."""
-        plan = self.plan
-        number = phase * plan.slices.k_warps + self.k_warp
-        if not plan.shared_slices:
-            return number
-        shares = emit.both(self.share < plan.sharers, phase == plan.full_phases)
-        past = emit.select(phase < plan.full_phases, number, number + plan.num_slices)
-        return emit.select(shares, self.shared_slice, past)
 
     def spread_x(self, words: list) -> list:
         """B fragments of every block: zeros in the columns of other blocks."""
@@ -202,7 +188,7 @@ class Body:
         """Starts the copies of a unit into a slot, if there is one.
 
         Args:
-            cursor: units left, units left in their phase, row and slice of the unit.
+            cursor: units left, groups left in their phase, row and slice of the unit.
             slot: the offset of the slot in the ring.
 
         Returns:
@@ -233,28 +219,13 @@ class Body:
         left = left - emit.Int(emit.bit(exists))
         if plan.slices.phases == 1:
             return [left, group, row + 16, number]
-        wraps, warps = group == 1, plan.slices.k_warps
-        units, begin, after, step = self.groups, emit.const(0), number + warps, 16
-        if plan.shared_slices:
-            own = number + warps < plan.full_phases * warps  # as the next one is
-            units = emit.select(own, units, self.shared_units())
-            begin = emit.select(own, begin, self.share * 16)
-            after = emit.select(own, after, self.shared_slice)
-            shares = number < plan.full_phases * warps
-            step = emit.select(shares, emit.const(16), emit.const(16 * plan.sharers))
+        wraps = group == 1
         return [
             left,
-            emit.select(wraps, units, group - 1),
-            emit.select(wraps, begin, row + step),
-            emit.select(wraps, after, number),
+            emit.select(wraps, self.groups, group - 1),
+            emit.select(wraps, emit.const(0), row + 16),
+            number + emit.Int(emit.bit(wraps)) * plan.slices.k_warps,
         ]
-
-    def shared_units(self) -> emit.Int:
-        """How many groups of rows this warp has of the slice that it shares."""
-        sharers = self.plan.sharers
-        rounds = (self.groups + (sharers - 1) - self.share.min(sharers)) // sharers
-        takes = emit.both(self.share < sharers, self.share < self.groups)
-        return emit.select(takes, rounds, emit.const(0))
 
     # Arithmetic.
 
@@ -422,10 +393,7 @@ class Body:
         emit.ptx("cp.async.commit_group;")
         words_of_x = self.load_x(zero)
         self.start_stream()
-        left = groups * plan.full_phases
-        if plan.shared_slices:
-            left = left + self.shared_units()
-        cursor = [left, self.groups, zero, self.k_warp]
+        cursor = [groups * tile.phases, self.groups, zero, self.k_warp]
         early = min(2, tile.stages)
         for stage in range(early):
             cursor = self.fill(cursor, emit.const(stage * UNIT_BYTES))
@@ -440,11 +408,23 @@ class Body:
             number = phase * tile.k_warps + self.k_warp
             first = batch * tile.batch
             last = first + (groups - first.min(groups)).min(tile.batch)
-            mine = self.own_sums(self.sums_buffer(phase * batches + batch))
+            buffer = self.sums_buffer(phase, batch)
+            mine = buffer + self.k_warp * plan.warp_sums_bytes
 
             def body(group, state):
+                slot, *cursor = map(emit.Int, state)
+                emit.ptx(f"cp.async.wait_group {tile.stages - 1};")
+                emit.ptx("bar.warp.sync -1;")  # what the other lanes copied
+                codes = self.load_codes(slot)
+                emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
+                cursor = self.fill(cursor, slot)
+                scales = self.load_scales(group, number)
+                sums = self.multiply(codes, scales, x)
                 place = mine + (group - first) * plan.unit_sums_bytes
-                return self.unit(group, number, x, place, phase, state)
+                self.store_sums(place, sums, phase)
+                wraps = slot == (tile.stages - 1) * UNIT_BYTES
+                slot = emit.select(wraps, zero, slot + UNIT_BYTES)
+                return [v.value for v in (slot, *cursor)]
 
             return emit.loop(first, last, one, state, body)
 
@@ -462,174 +442,73 @@ class Body:
                 def batch_body(batch, state):
                     state = units(phase, batch, x, state)
                     emit.barrier()
-                    self.reduce(phase, batch, self.sums_buffer(phase * batches + batch))
+                    self.reduce(phase, batch)
                     return state
 
-                state = emit.loop(zero, batches, one, state, batch_body)
+                state = emit.loop(zero, self.batches, one, state, batch_body)
             if tile.phases > 1 and not early:
                 words = self.load_x(phase + 1)
             return [*words, *state]
 
-        batches = (self.groups + (tile.batch - 1)) // tile.batch
         state = words_of_x + [v.value for v in (zero, *cursor)]
         if tile.phases == 1:
             phase_body(zero, state)
         else:
-            full = emit.const(plan.full_phases)
-            state = emit.loop(zero, full, one, state, phase_body)
-        if plan.shared_slices:
-            words, state = state[: len(words_of_x)], state[len(words_of_x) :]
-            before = batches * plan.full_phases
-            self.shared_phase(self.spread_x(words), before, state)
+            emit.loop(zero, emit.const(tile.phases), one, state, phase_body)
         if plan.accumulates:
             emit.barrier()
-            self.reduce(zero, zero, self.at["sums"])
+            self.reduce(zero, zero)
 
-    def unit(
-        self, group: emit.Int, number: emit.Int, x: list, place: emit.Int, phase, state
-    ) -> list:
-        """Multiplies 16 rows of a slice.
-
-        Args:
-            group: which rows.
-            number: which slice.
-            x: its fragments.
-            place: where the sums go.
-            phase: of the slice.
-            state: the slot of the codes, and the cursor of those to be copied.
-        """
-        stages = self.plan.slices.stages
-        slot, *cursor = map(emit.Int, state)
-        emit.ptx(f"cp.async.wait_group {stages - 1};")
-        emit.ptx("bar.warp.sync -1;")  # what the other lanes copied
-        codes = self.load_codes(slot)
-        emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
-        cursor = self.fill(cursor, slot)
-        scales = self.load_scales(group, number)
-        sums = self.multiply(codes, scales, x)
-        self.store_sums(place, sums, phase)
-        wraps = slot == (stages - 1) * UNIT_BYTES
-        slot = emit.select(wraps, emit.const(0), slot + UNIT_BYTES)
-        return [v.value for v in (slot, *cursor)]
-
-    def shared_phase(self, x: list, before: emit.Int, state: list):
-        """The last slices, fewer than warps: those that share one divide its rows.
-
-        Args:
-            x: the fragments of this warp's slice.
-            before: reductions so far.
-            state: of `unit`.
-        """
-        plan = self.plan
-        one, phase = emit.const(1), emit.const(plan.full_phases)
-        units, number = self.shared_units(), self.shared_slice
-
-        def accumulate(i, state):
-            group = i * plan.sharers + self.share
-            mine = self.own_sums(self.at["sums"] + group * plan.unit_sums_bytes)
-            return self.unit(group, number, x, mine, phase, state)
-
-        def together(i, state):
-            buffer = self.sums_buffer(before + i)
-
-            def own(i, state):
-                group = i * plan.sharers + self.share
-                return self.unit(group, number, x, self.own_sums(buffer), phase, state)
-
-            state = emit.loop(i, emit.select(i < units, i + 1, i), one, state, own)
-            emit.barrier()
-            self.reduce_shared(i * plan.sharers, buffer)
-            return state
-
-        if plan.accumulates:
-            emit.loop(emit.const(0), units, one, state, accumulate)
-        else:
-            rounds = (self.groups + (plan.sharers - 1)) // plan.sharers
-            emit.loop(emit.const(0), rounds, one, state, together)
-
-    def sums_buffer(self, step: emit.Int) -> emit.Int:
+    def sums_buffer(self, phase: emit.Int, batch: emit.Int) -> emit.Int:
         """Where the sums of a batch lie: two take turns, unless one is all."""
         if self.plan.accumulates:
             return self.at["sums"]
+        # Of this block of threads: with another's number of batches, the last batch of
+        # a phase and the first of the next could have the same.
+        step = phase * self.batches + batch
         return self.at["sums"] + step % 2 * self.plan.sums_bytes
 
-    def own_sums(self, base: emit.Int) -> emit.Int:
-        """Where this warp's sums lie in those of a unit."""
-        return base + self.k_warp * self.plan.warp_sums_bytes
-
-    def reduce(self, phase: emit.Int, batch: emit.Int, buffer: emit.Int):
+    def reduce(self, phase: emit.Int, batch: emit.Int):
         """Adds the sums of a batch over the warps, always in the same order.
 
         They are added to those of the phases before, and written to y in the last.
         Two batches' sums have room, so one barrier a batch is enough.
         """
         plan, tile = self.plan, self.plan.slices
-        first = batch * tile.batch
+        y = emit.address(self.refs["y"])
+        buffer, first = self.sums_buffer(phase, batch), batch * tile.batch
+        has_totals = tile.phases > 1 and not plan.accumulates
         groups = (self.groups - first).min(tile.batch)
         last = 0 if plan.accumulates else tile.phases - 1
 
         def body(i, carry):
             row, rest = i % 16, i // 16
             x_row, group = rest % plan.m, rest // plan.m
-            at = group * plan.unit_sums_bytes + (x_row * plan.sum_pitch + row) * 4
+            at = group * (plan.unit_sums_bytes // 4) + x_row * plan.sum_pitch + row
             total = emit.zero()
             for warp in range(tile.k_warps):
-                total = self.add(total, buffer + at + warp * plan.warp_sums_bytes)
-            self.finish(first + group, row, x_row, total, phase == 0, phase == last)
+                partial = emit.ptx(
+                    f"ld.shared.f32 $0, [$1+{warp * plan.warp_sums_bytes}];",
+                    (buffer + at * 4).value,
+                    out="f",
+                )
+                total = emit.ptx("add.rn.f32 $0, $1, $2;", total, partial, out="f")
+            row = (first + group) * 16 + row
+            if has_totals:
+                place = (self.at["totals"] + (row * plan.m + x_row) * 4).value
+                before = emit.ptx("ld.shared.f32 $0, [$1];", place, out="f")
+                before = emit.pick(phase == 0, emit.zero(), before)
+                total = emit.ptx("add.rn.f32 $0, $1, $2;", total, before, out="f")
+                emit.ptx("st.shared.f32 [$0], $1;", place, total)
+            n = self.first * 16 + row
+            emit.ptx(
+                "{.reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; "
+                f"cvt.rn.{plan.ptx_type}.f32 h, $1; @p st.global.b16 [$0], h;}}",
+                (y + (x_row * plan.n + n).wide() * 2).value,
+                total,
+                emit.bit(emit.both(n < plan.n, phase == last)),
+            )
             return carry
 
         total = groups * (16 * plan.m)
         emit.loop(self.tid, total, emit.const(tile.threads), [], body)
-
-    def reduce_shared(self, first: emit.Int, buffer: emit.Int):
-        """The same for a round of slices that warps share, a group of rows each."""
-        plan = self.plan
-        never, always = self.tid < 0, self.tid == self.tid
-        groups = (self.groups - first).min(plan.sharers)
-
-        def body(i, carry):
-            row, rest = i % 16, i // 16
-            x_row, group = rest % plan.m, rest // plan.m
-            warp = group * plan.shared_slices
-            at = warp * plan.warp_sums_bytes + (x_row * plan.sum_pitch + row) * 4
-            total = emit.zero()
-            for other in range(plan.shared_slices):
-                total = self.add(total, buffer + at + other * plan.warp_sums_bytes)
-            self.finish(first + group, row, x_row, total, never, always)
-            return carry
-
-        total = groups * (16 * plan.m)
-        emit.loop(self.tid, total, emit.const(plan.slices.threads), [], body)
-
-    def add(self, total, place: emit.Int):
-        """The sum of `total` and a number in shared memory."""
-        number = emit.ptx("ld.shared.f32 $0, [$1];", place.value, out="f")
-        return emit.ptx("add.rn.f32 $0, $1, $2;", total, number, out="f")
-
-    def finish(self, group, row: emit.Int, x_row: emit.Int, total, begins, ends):
-        """Adds a number of y to that of the phases before; writes it after the last.
-
-        Args:
-            group: of rows, of this block of threads.
-            row: in the group.
-            x_row: row of x.
-            total: of this phase.
-            begins: whether there was none before.
-            ends: whether it is the last.
-        """
-        plan = self.plan
-        row = group * 16 + row
-        if plan.slices.phases > 1 and not plan.accumulates:
-            place = (self.at["totals"] + (row * plan.m + x_row) * 4).value
-            before = emit.ptx("ld.shared.f32 $0, [$1];", place, out="f")
-            before = emit.pick(begins, emit.zero(), before)
-            total = emit.ptx("add.rn.f32 $0, $1, $2;", total, before, out="f")
-            emit.ptx("st.shared.f32 [$0], $1;", place, total)
-        n = self.first * 16 + row
-        emit.ptx(
-            "{.reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; "
-            f"cvt.rn.{plan.ptx_type}.f32 h, $1; @p st.global.b16 [$0], h;}}",
-            (emit.address(self.refs["y"]) + (x_row * plan.n + n).wide() * 2).value,
-            total,
-            emit.bit(emit.both(n < plan.n, ends)),
-        )

@@ -17,8 +17,7 @@ class Slices:
 
     Attributes:
         k_warps: warps that take a slice of 256 columns each.
-        phases: how many slices a warp takes, one after the other. Where slices are
-            left for fewer warps in the last phase, several warps share one by rows.
+        phases: how many slices a warp takes, one after the other.
         stages: units of 16 rows by 256 columns in the ring of each warp.
         batch: units of a warp between two reductions.
     """
@@ -65,21 +64,6 @@ class SlicePlan(Problem):
     def num_slices(self) -> int:
         """Slices of all columns."""
         return self.k // CHUNK
-
-    @property
-    def full_phases(self) -> int:
-        """Phases in which each warp has a slice of its own."""
-        return self.num_slices // self.slices.k_warps
-
-    @property
-    def shared_slices(self) -> int:
-        """Slices of the phase after those."""
-        return self.num_slices % self.slices.k_warps
-
-    @property
-    def sharers(self) -> int:
-        """Warps that share one of them: each takes every so many-th group of rows."""
-        return self.slices.k_warps // max(1, self.shared_slices)
 
     @property
     def row_groups(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from pallas_kernels import emit
 from pallas_kernels.decode import byte_table, decode_word
 from pallas_kernels.matvec_plan import BLOCK, CHUNK_BYTES
-from pallas_kernels.skinny_plan import FEATURES, HALVES, STEPS, SkinnyPlan
+from pallas_kernels.skinny_plan import FEATURES, STEPS, SkinnyPlan
 
 # Registers of a lane in wgmma's first operand of a step.
 OPERAND = 16
@@ -94,10 +94,10 @@ class Body:
     def bring_x(self):
         """Copies x, 64 columns of all rows after the other, into the ring of tiles."""
         plan = self.plan
-        start = self.first % plan.tile_units * STEPS
+        start = self.first % plan.chunks * STEPS
 
         def window(i: emit.Int):
-            block = (start + i) % (plan.tile_units * STEPS)
+            block = (start + i) % (plan.chunks * STEPS)
             return emit.const(0), emit.const(0), block * BLOCK, (plan.rows, BLOCK)
 
         steps = (self.end - self.first) * STEPS
@@ -106,16 +106,15 @@ class Body:
     def bring_codes(self):
         """Copies codes, 256 columns of a tile's features after the other."""
         plan = self.plan
-        first = self.first // HALVES
 
         def window(i: emit.Int):
-            chunk = first + i
-            row = chunk // plan.chunks * plan.features
-            column = chunk % plan.chunks * CHUNK_BYTES
+            unit = self.first + i
+            row = unit // plan.chunks * plan.features
+            column = unit % plan.chunks * CHUNK_BYTES
             return self.layer, row, column, (plan.features, CHUNK_BYTES)
 
-        chunks = (self.end + (HALVES - 1)) // HALVES - first
-        self.bring("codes", plan.cut.slots, plan.slot_bytes, chunks, window)
+        units = self.end - self.first
+        self.bring("codes", plan.cut.slots, plan.slot_bytes, units, window)
 
     def bring(
         self, name: str, stages: int, size: int, total: emit.Int, window: Callable
@@ -178,8 +177,7 @@ class Body:
         """Goes through the run of units of this block, tile after tile."""
         plan, cut = self.plan, self.plan.cut
         zero, one = emit.const(0), emit.const(1)
-        chunk = self.first // HALVES
-        words = self.load_scales(chunk)
+        scales = self.load_scales(self.first)
         if plan.nested_block_size is not None:
             pointer = emit.address(self.refs["offset"]) + self.layer.wide() * 4
             load = "ld.global.nc.f32 $0, [$1];"
@@ -192,16 +190,14 @@ class Body:
         place = (self.warp * 16 + row) * CHUNK_BYTES + (row % 8 ^ half) * 16
         self.codes = self.at["codes"] + place
         self.wait("codes full", zero, zero)
-        block = self.first % HALVES * STEPS
-        codes = self.exchange(self.load_codes(zero, block))
-        scales = [*self.decode_scales(words), *self.load_scales(chunk + 1)]
-        first_tile = self.first // plan.tile_units
-        tiles = (self.end - 1) // plan.tile_units - first_tile + 1
+        codes = self.exchange(self.load_codes(zero, 0))
+        first_tile = self.first // plan.chunks
+        tiles = (self.end - 1) // plan.chunks - first_tile + 1
 
         def tile_body(i, state):
             tile = first_tile + i
-            first = emit.select(i == 0, self.first, tile * plan.tile_units)
-            end = ((tile + 1) * plan.tile_units).min(self.end)
+            first = emit.select(i == 0, self.first, tile * plan.chunks)
+            end = ((tile + 1) * plan.chunks).min(self.end)
             sums = [emit.zero()] * (plan.rows // 2)
 
             def unit_body(unit, state):
@@ -252,18 +248,16 @@ class Body:
 
     # Scales.
 
-    def load_scales(self, chunk: emit.Int) -> list:
-        """Starts to read scales of this lane's rows, of block t of a chunk.
+    def load_scales(self, unit: emit.Int) -> list:
+        """Starts to read scales of this lane's rows, of block t of a unit.
 
         Returns:
             What memory holds: a scale, or its code and the scale of scales, a row.
         """
         plan = self.plan
-        last = (self.end - 1) // HALVES
-        chunk = emit.select(last < chunk, last, chunk)
-        block = chunk % plan.chunks * (HALVES * STEPS) + self.t
-        block = block.min(plan.k // BLOCK - 1)
-        first = chunk // plan.chunks * plan.features + self.warp * 16 + self.row
+        unit = emit.select(unit < self.end, unit, self.end - 1)
+        block = (unit % plan.chunks * STEPS + self.t).min(plan.k // BLOCK - 1)
+        first = unit // plan.chunks * plan.features + self.warp * 16 + self.row
         layer, words = self.layer.wide(), []
         for r in range(2):
             row = (first + 2 * r).min(plan.n - 1)
@@ -306,9 +300,9 @@ class Body:
 
     # Arithmetic.
 
-    def load_codes(self, slot: emit.Int, block: emit.Int) -> list:
+    def load_codes(self, slot: emit.Int, step: int) -> list:
         """Four words: half a block of one of a quad's two rows."""
-        address = (self.codes + slot * self.plan.slot_bytes) ^ block * 32  # swizzled
+        address = (self.codes + slot * self.plan.slot_bytes) ^ 32 * step  # swizzled
         return list(
             emit.ptx(
                 "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", address.value, out="rrrr"
@@ -362,20 +356,15 @@ class Body:
             emit.ptx("{.reg .b32 a; " + lookups + "}", word, lane, table, out="rrrr")
         )
 
-    def operand(self, codes: list, scales: list, block: emit.Int) -> list:
+    def operand(self, codes: list, scales: list, step: int) -> list:
         """The first operand of a step: 64 features by 64 columns of a warpgroup.
-
-        Args:
-            codes: four words of this lane.
-            scales: of two rows, of block t of the chunk.
-            block: which block of the chunk it is.
 
         Returns:
             Four registers for each 16 columns.
         """
         ops = emit.lane_ops(self.plan.dtype)
-        registers: list = [None] * OPERAND
-        source = (self.lane - self.t + block).value
+        registers: list = [None] * 16
+        source = (self.lane - self.t + step).value
         for r in range(2):
             scale = emit.ptx(
                 "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", scales[r], source, out="r"
@@ -387,39 +376,34 @@ class Body:
         return registers
 
     def unit(self, unit: emit.Int, first: emit.Int, state: list) -> list:
-        """Multiplies half a chunk, 128 columns.
+        """Multiplies 256 columns.
 
         Args:
             unit: which one.
             first: the first one of this block in the tile.
             state: sums; stage and parity of x, slot and parity of codes, what is to
                 be announced, the first operand that may be in use, the lane's codes of
-                the first step, scales of the chunk, and what was read of those of the
-                next one.
+                the first step, and what was read of scales.
         """
         plan, cut = self.plan, self.plan.cut
         count = plan.rows // 2
         sums, state = state[:count], state[count:]
         stage, parity, slot, slot_parity, left = map(emit.Int, state[:5])
         used, state = state[5 : 5 + OPERAND], state[5 + OPERAND :]
-        codes, scales, words = state[:4], state[4:6], state[6:]
+        codes, words = state[:4], state[4:]
         leader, later = self.lane == 0, first < unit
-        half = unit % HALVES
-        ends = half == HALVES - 1  # the chunk
+        scales, words = self.decode_scales(words), self.load_scales(unit + 1)
         for step in range(STEPS):
             # The product of the step before is under way.
-            a = self.operand(codes, scales, half * STEPS + step)
+            a = self.operand(codes, scales, step)
             if step == STEPS - 1:
                 emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
-                self.arrive("codes empty", slot, emit.both(leader, ends))
-                after, after_parity = self.turn(slot, slot_parity, cut.slots)
-                slot = emit.select(ends, after, slot)
-                slot_parity = emit.select(ends, after_parity, slot_parity)
-                self.wait_for_more(unit, ends, slot, slot_parity)
-                block = emit.select(ends, emit.const(0), (half + 1) * STEPS)
-                codes = self.load_codes(slot, block)
+                self.arrive("codes empty", slot, leader)
+                slot, slot_parity = self.turn(slot, slot_parity, cut.slots)
+                self.wait_for_more(unit, slot, slot_parity)
+                codes = self.load_codes(slot, 0)
             else:
-                codes = self.load_codes(slot, half * STEPS + (step + 1))
+                codes = self.load_codes(slot, step + 1)
             self.wait("x full", stage, parity)
             a = emit.wgmma_fence(a)
             tile = emit.tile_descriptor(self.at["x"] + stage * plan.x_bytes)
@@ -434,26 +418,17 @@ class Body:
             self.give_back(stage, emit.both(leader, later) if step == 0 else leader)
             used = a
             stage, parity = self.turn(stage, parity, cut.stages)
-
-        def next_scales(i, state):
-            return [*self.decode_scales(state[2:]), *self.load_scales(after_next)]
-
-        after_next = unit // HALVES + 2
-        once = emit.Int(emit.bit(ends))
-        scales = emit.loop(
-            emit.const(0), once, emit.const(1), [*scales, *words], next_scales
-        )
         left = self.announce(left)
         numbers = [v.value for v in (stage, parity, slot, slot_parity, left)]
-        return [*sums, *numbers, *used, *codes, *scales]
+        return [*sums, *numbers, *used, *codes, *words]
 
-    def wait_for_more(self, unit: emit.Int, ends, slot: emit.Int, parity: emit.Int):
-        """Waits for the codes after a unit that `ends` a chunk, if there are any."""
+    def wait_for_more(self, unit: emit.Int, slot: emit.Int, parity: emit.Int):
+        """Waits for the codes after a unit, if there are any."""
 
         def wait():
             self.wait("codes full", slot, parity)
 
-        emit.branch(emit.both(ends, unit + 1 < self.end), wait, lambda: None)
+        emit.branch(unit + 1 < self.end, wait, lambda: None)
 
     def give_back(self, stage: emit.Int, when):
         """Says that the tile of x before `stage` may be written over."""
@@ -496,7 +471,7 @@ class Body:
         index = tile * (plan.cut.workers // 32) + self.warp
         left = emit.select(owner < self.block, index + 1, emit.const(0))
         # If there is more to do, memory gets the time.
-        more = (tile + 1) * plan.tile_units < self.end
+        more = (tile + 1) * plan.chunks < self.end
 
         def leave():
             where = self.part(self.block)

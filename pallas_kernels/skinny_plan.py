@@ -7,9 +7,7 @@ from pallas_kernels.matvec_plan import BLOCK, CHUNK, CHUNK_BYTES, TABLE_BYTES, P
 
 # Features of a warpgroup: rows of wgmma's first operand.
 FEATURES = 64
-# A chunk of codes is worked on in two units, of as many blocks each.
-HALVES = 2
-STEPS = CHUNK // BLOCK // HALVES
+STEPS = CHUNK // BLOCK
 REGISTERS = 65536
 
 
@@ -57,8 +55,8 @@ class SkinnyPlan(Problem):
     """Everything static about one kernel.
 
     A tile is 64 features of each consumer, all of k. Tiles are laid end to end and cut
-    into as many runs of units, half chunks, as there are blocks of threads; a run may
-    begin or end inside of a tile.
+    into as many runs of chunks as there are blocks of threads; a run may begin or end
+    inside of a tile.
     """
 
     cut: Cut
@@ -87,20 +85,15 @@ class SkinnyPlan(Problem):
         return -(-self.n // self.features)
 
     @property
-    def tile_units(self) -> int:
-        """Units of a tile."""
-        return HALVES * self.chunks
-
-    @property
     def units(self) -> int:
-        """Units of all tiles."""
-        return self.tiles * self.tile_units
+        """Chunks of all tiles."""
+        return self.tiles * self.chunks
 
     def sharers(self, tile: Any) -> tuple[Any, Any]:
         """The first and the last block of threads that have units of a tile."""
-        begin = tile * self.tile_units
+        begin = tile * self.chunks
         owner = ((begin + 1) * self.grid - 1) // self.units
-        last = ((begin + self.tile_units) * self.grid - 1) // self.units
+        last = ((begin + self.chunks) * self.grid - 1) // self.units
         return owner, last
 
     @property
