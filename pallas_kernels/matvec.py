@@ -36,7 +36,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import matvec_body, matvec_slices, tuning
+from pallas_kernels import few_rows, matvec_body, matvec_slices, tuning
 from pallas_kernels.decode import pair_table
 from pallas_kernels.matvec_plan import BLOCK, CHUNK, TABLE_BYTES, Plan, Tile
 from pallas_kernels.matvec_slices_plan import SlicePlan, Slices
@@ -122,14 +122,7 @@ def make_plan(
     capability = tuning.compute_capability()
     if capability is not None and capability < 9:
         raise NotImplementedError(f"{capability=}: the TMA unit came with 9.0.")
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"{dtype=} of x must be bfloat16 or float16.")
-    if spec.bits != 4:
-        raise NotImplementedError(f"codes of {spec.bits} bits must have 4.")
-    if not 1 <= m <= MAX_M:
-        raise NotImplementedError(f"{m=} rows of x must be 1 to {MAX_M}.")
-    if k % BLOCK:
-        raise NotImplementedError(f"{k=} must be a multiple of {BLOCK}.")
+    few_rows.check(m, MAX_M, dtype, spec)
     if spec.block_size < BLOCK or spec.block_size & (spec.block_size - 1):
         raise NotImplementedError(
             f"block_size={spec.block_size} must be a power of two from {BLOCK} on."
@@ -185,17 +178,8 @@ def matmul(
     """
     rows = x.reshape(-1, x.shape[-1])
     plan = make_plan(rows.shape[0], x.dtype, packed, spec, tile)
-    operands = {
-        "x": rows,
-        "codes": packed.codes,
-        "absmax": packed.absmax,
-        "table": jnp.asarray(lookup_table(spec, x.dtype)),
-    }
-    if packed.nested_absmax is not None:
-        operands["nested_absmax"] = packed.nested_absmax
-        operands["offset"] = jnp.reshape(packed.offset, (-1,))
-    if packed.layer is not None:
-        operands["layer"] = jnp.reshape(packed.layer, (1,)).astype(jnp.int32)
+    table = jnp.asarray(lookup_table(spec, x.dtype))
+    operands = few_rows.operands(rows, packed, table=table)
     y = _kernel(plan, tuple(operands))(*operands.values())
     return y.reshape(*x.shape[:-1], spec.n)
 

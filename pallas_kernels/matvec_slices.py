@@ -37,6 +37,8 @@ class Body:
         block = emit.block_index()
         self.first = block * plan.row_groups // plan.grid
         self.groups = (block + 1) * plan.row_groups // plan.grid - self.first
+        batch = plan.slices.batch
+        self.batches = (self.groups + (batch - 1)) // batch
         self.layer = emit.const(0)
         if "layer" in refs:
             pointer = emit.address(refs["layer"]).value
@@ -443,8 +445,7 @@ class Body:
                     self.reduce(phase, batch)
                     return state
 
-                batches = (self.groups + (tile.batch - 1)) // tile.batch
-                state = emit.loop(zero, batches, one, state, batch_body)
+                state = emit.loop(zero, self.batches, one, state, batch_body)
             if tile.phases > 1 and not early:
                 words = self.load_x(phase + 1)
             return [*words, *state]
@@ -462,7 +463,9 @@ class Body:
         """Where the sums of a batch lie: two take turns, unless one is all."""
         if self.plan.accumulates:
             return self.at["sums"]
-        step = phase * self.plan.max_batches + batch
+        # Of this block of threads: with another's number of batches, the last batch of
+        # a phase and the first of the next could have the same.
+        step = phase * self.batches + batch
         return self.at["sums"] + step % 2 * self.plan.sums_bytes
 
     def reduce(self, phase: emit.Int, batch: emit.Int):

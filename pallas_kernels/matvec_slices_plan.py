@@ -45,6 +45,11 @@ class SlicePlan(Problem):
     slices: Slices
     grid: int
 
+    def __post_init__(self):
+        phases = -(-self.num_slices // self.slices.k_warps)
+        if self.slices.phases != phases:
+            raise ValueError(f"{self.slices} must have {phases=} for k={self.k}.")
+
     @property
     def threads(self) -> int:
         """Threads of one block."""
@@ -69,11 +74,6 @@ class SlicePlan(Problem):
     def max_groups(self) -> int:
         """Groups of a block of threads, at most."""
         return -(-self.row_groups // self.grid)
-
-    @property
-    def max_batches(self) -> int:
-        """Batches of a phase, at most."""
-        return -(-self.max_groups // self.slices.batch)
 
     @property
     def accumulates(self) -> bool:

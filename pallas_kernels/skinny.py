@@ -29,7 +29,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels import tuning
+from pallas_kernels import few_rows, tuning
 from pallas_kernels.matvec_plan import BLOCK, TABLE_BYTES
 from pallas_kernels.packed import PackedSpec, PackedWeight
 from pallas_kernels.skinny_body import Body
@@ -56,14 +56,9 @@ def make_plan(
     capability = tuning.compute_capability()
     if capability is not None and int(capability) != 9:
         raise NotImplementedError(f"{capability=}: Hopper, 9.0, only.")
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"{dtype=} of x must be bfloat16 or float16.")
-    if spec.bits != 4:
-        raise NotImplementedError(f"codes of {spec.bits} bits must have 4.")
-    if not 1 <= m <= MAX_M:
-        raise NotImplementedError(f"{m=} rows of x must be 1 to {MAX_M}.")
-    if k % BLOCK or n % 2:
-        raise NotImplementedError(f"{k=} must be a multiple of {BLOCK}, {n=} even.")
+    few_rows.check(m, MAX_M, dtype, spec)
+    if n % 2:
+        raise NotImplementedError(f"{n=} must be even.")
     if spec.block_size % BLOCK:
         raise NotImplementedError(
             f"block_size={spec.block_size} must be a multiple of {BLOCK}."
@@ -103,23 +98,15 @@ def matmul(
 
     Raises:
         NotImplementedError: if this kernel cannot: GPUs other than Hopper, other types,
-            more rows, k or blocks that are not multiples of 64, n not one of 16.
+            more rows, k or blocks that are not multiples of 64, n odd.
     """
     rows = x.reshape(-1, x.shape[-1])
     plan = make_plan(rows.shape[0], x.dtype, packed, spec, cut)
-    operands = {
-        "x": rows,
-        "codes": packed.codes,
-        "absmax": packed.absmax,
-        # A kernel leaves them as they were, 0.
-        "counters": jnp.zeros(plan.num_counters, jnp.int32),
-    }
+    # A kernel leaves them as they were, 0.
+    own = {"counters": jnp.zeros(plan.num_counters, jnp.int32)}
     if packed.nested_absmax is not None:
-        operands["nested_absmax"] = packed.nested_absmax
-        operands["offset"] = jnp.reshape(packed.offset, (-1,))
-        operands["nested_codebook"] = jnp.array(spec.nested_codebook, jnp.float32)
-    if packed.layer is not None:
-        operands["layer"] = jnp.reshape(packed.layer, (1,)).astype(jnp.int32)
+        own["nested_codebook"] = jnp.array(spec.nested_codebook, jnp.float32)
+    operands = few_rows.operands(rows, packed, **own)
     y, _ = _kernel(plan, tuple(operands))(*operands.values())
     return y.reshape(*x.shape[:-1], spec.n)
 

@@ -12,6 +12,9 @@ from pallas_kernels.decode import byte_table, decode_word
 from pallas_kernels.matvec_plan import BLOCK, CHUNK_BYTES
 from pallas_kernels.skinny_plan import FEATURES, STEPS, SkinnyPlan
 
+# Registers of a lane in wgmma's first operand of a step.
+OPERAND = 16
+
 
 class Body:
     """Emits the kernel of one plan, part by part, for one thread."""
@@ -41,7 +44,10 @@ class Body:
 
     def run(self):
         """Emits everything."""
-        emit.roles(self.tid < self.plan.cut.workers, self.multiply_all, self.bring_all)
+        # By warps, not threads: so the compiler knows that none of them divides, and
+        # keeps addresses that all lanes share in uniform registers.
+        works = self.warp < self.plan.cut.workers // 32
+        emit.roles(works, self.multiply_all, self.bring_all)
 
     # Barriers.
 
@@ -205,6 +211,7 @@ class Body:
             return [*state[:4], left.value, *state[5:]]
 
         state = [v.value for v in (zero, zero, zero, zero, zero)]
+        state += [zero.value] * OPERAND  # of no product
         emit.loop(zero, tiles, one, state + codes + scales, tile_body)
 
     def write_table(self):
@@ -375,19 +382,19 @@ class Body:
             unit: which one.
             first: the first one of this block in the tile.
             state: sums; stage and parity of x, slot and parity of codes, what is to
-                be announced, the lane's codes of the first step, and what was read of
-                scales.
+                be announced, the first operand that may be in use, the lane's codes of
+                the first step, and what was read of scales.
         """
         plan, cut = self.plan, self.plan.cut
         count = plan.rows // 2
         sums, state = state[:count], state[count:]
         stage, parity, slot, slot_parity, left = map(emit.Int, state[:5])
-        codes, words = state[5:9], state[9:]
+        used, state = state[5 : 5 + OPERAND], state[5 + OPERAND :]
+        codes, words = state[:4], state[4:]
         leader, later = self.lane == 0, first < unit
         scales, words = self.decode_scales(words), self.load_scales(unit + 1)
         for step in range(STEPS):
-            emit.ptx("wgmma.wait_group.sync.aligned 0;")
-            self.give_back(stage, emit.both(leader, later) if step == 0 else leader)
+            # The product of the step before is under way.
             a = self.operand(codes, scales, step)
             if step == STEPS - 1:
                 emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
@@ -407,10 +414,13 @@ class Body:
                 adds = emit.const(1)
             emit.wgmma_commit()
             codes = self.exchange(codes)  # the tensor cores are busy
+            emit.wgmma_wait(1, used)
+            self.give_back(stage, emit.both(leader, later) if step == 0 else leader)
+            used = a
             stage, parity = self.turn(stage, parity, cut.stages)
         left = self.announce(left)
         numbers = [v.value for v in (stage, parity, slot, slot_parity, left)]
-        return [*sums, *numbers, *codes, *words]
+        return [*sums, *numbers, *used, *codes, *words]
 
     def wait_for_more(self, unit: emit.Int, slot: emit.Int, parity: emit.Int):
         """Waits for the codes after a unit, if there are any."""

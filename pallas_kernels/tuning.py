@@ -40,8 +40,9 @@ def multiprocessors() -> int:
 # What follows was measured on an H200; docs/kernels.md and docs/kernels_decoding.md
 # have the measurements.
 
-# Rows of x up to which the kernels for few rows, and for tens, are the fastest.
-_FEW_ROWS, _TENS_OF_ROWS = 16, 128
+# Rows of x up to which the kernels for few rows, and for tens, are the fastest; and up
+# to which the former is where the contraction is long and features are few.
+_FEW_ROWS, _TENS_OF_ROWS, _VERY_FEW_ROWS = 16, 128, 8
 # Features of a tile of the Hopper kernel, and numbers of the contraction of a step.
 TILE_FEATURES, STEP = 128, 64
 # Microseconds of a step, by rows of a tile.
@@ -134,6 +135,8 @@ def preference(
     if not has_hopper() or spec.bits != 4 or dtype == jnp.float32:
         return ("xla",)
     if op == "matmul" and m <= _FEW_ROWS:
+        if m > _VERY_FEW_ROWS and spec.k > 2 * spec.n:
+            return ("skinny", "matvec", "sm90", "xla")
         return ("matvec", "sm90", "xla")
     if op == "matmul" and m <= _TENS_OF_ROWS:
         return ("skinny", "matvec", "sm90", "xla")

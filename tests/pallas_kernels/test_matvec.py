@@ -113,6 +113,7 @@ def relative_error(y, expected):
         (5, 40, 1024, Slices(4, 1, 2, 2)),  # rows that fill no group
         (16, 64, 2048, Slices(4, 2, 2, 1)),
         (11, 160, 1024, Slices(4, 1, 2, 2)),
+        (9, 48, 1024, Slices(2, 2, 1, 1)),  # blocks of threads with 1 and 2 batches
     ],
 )
 @pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
@@ -214,3 +215,10 @@ def test_what_it_cannot_is_said(m, change, message):
 def test_a_tile_has_whole_warpgroups():
     with pytest.raises(ValueError, match="must have 4, 8, 12 or 16 warps"):
         Tile(2, 1, 5)
+
+
+@pytest.mark.parametrize("phases", [1, 3])
+def test_slices_have_phases_for_all_columns(phases):
+    packed, spec = make_weight(16, 2048)
+    with pytest.raises(ValueError, match="must have phases=2 for k=2048"):
+        matvec.make_plan(1, jnp.bfloat16, packed, spec, Slices(4, phases))

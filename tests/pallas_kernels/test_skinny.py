@@ -127,7 +127,7 @@ def test_lowers_for_cuda(m, n, k):
     [
         (129, {}, "m=129 rows of x must be 1 to 128"),
         (20, {"k": 96}, "k=96 must be a multiple of 64"),
-        (20, {"n": 15}, "n=15 even"),
+        (20, {"n": 15}, "n=15 must be even"),
         (20, {"block_size": 32}, "block_size=32 must be a multiple of 64"),
         (20, {"codebook": NESTED}, "codes of 8 bits must have 4"),
     ],

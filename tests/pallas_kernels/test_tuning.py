@@ -27,6 +27,7 @@ def test_kernels_of_another_chip_are_not_chosen(monkeypatch, capability):
 # An MLP of Llama: 4096 to 14336 features. What was the fastest, docs/kernels.md.
 WIDE = PackedSpec(RAMP, n=14336, k=4096)
 UNEVEN = PackedSpec(RAMP, n=13824, k=5120)
+LONG = PackedSpec(RAMP, n=4096, k=14336)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,8 @@ UNEVEN = PackedSpec(RAMP, n=13824, k=5120)
     [
         ("matmul", 1, WIDE, "matvec"),
         ("matmul", 16, WIDE, "matvec"),
+        ("matmul", 8, LONG, "matvec"),
+        ("matmul", 9, LONG, "skinny"),
         ("matmul", 17, WIDE, "skinny"),
         ("matmul", 128, WIDE, "skinny"),
         ("matmul", 129, WIDE, "sm90"),
