@@ -7,18 +7,15 @@ quantize`.
 import concurrent.futures
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Iterator
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import registry
-from pallas_kernels import emit, matvec, quantize_kernel, reference, skinny
+from benchmarks import held, registry
+from pallas_kernels import matvec, quantize_kernel, reference, skinny
 from qlora_jax.quant import dequantize, quantize
 
 # k, n of Llama layers
@@ -33,7 +30,6 @@ SHAPES = [
 ROWS = [1, 2, 4, 8, 16, 17, 32, 64, 128]
 CACHE_BYTES = 240e6  # four times an H200's L2: no weight is still there
 CALLS = 32  # in one program
-HELD_NS = 14_000_000  # longer than the host takes to queue eight programs
 
 
 def _weights(k: int, n: int) -> list:
@@ -49,63 +45,6 @@ def _error(y, x, weight) -> float:
         expected = x @ exact
         error = jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)
     return float(error)
-
-
-@functools.cache
-def _hold():
-    """A program that keeps the device busy for `HELD_NS` and does nothing."""
-
-    def body(out):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        def spin(ctx, out):
-            del ctx
-            emit.ptx(
-                "{.reg .u64 now, end; .reg .pred p; mov.u64 end, %globaltimer; "
-                f"add.u64 end, end, {HELD_NS}; "
-                "SPIN_${:uid}: nanosleep.u32 2000; mov.u64 now, %globaltimer; "
-                "setp.lt.u64 p, now, end; @p bra SPIN_${:uid}; "
-                "st.global.b32 [$0], 0;}",
-                emit.address(out).value,
-            )
-
-        spin(out)  # pyright: ignore[reportCallIssue]
-
-    spinning = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
-        grid=(1,),
-        grid_names=("i",),
-        num_threads=1,
-        thread_name="wg",
-    )
-    return jax.jit(spinning)
-
-
-def _burst(run, times: int) -> float | None:
-    """Seconds of so many runs behind a held device; None if the host was too slow."""
-    start = time.perf_counter()
-    out = [_hold()(), *(run() for _ in range(times))]
-    queued = time.perf_counter() - start
-    jax.block_until_ready(out)
-    return time.perf_counter() - start if queued < HELD_NS * 1e-9 else None
-
-
-def _seconds(run, calls: int = CALLS) -> float:
-    """The time of a call on the device.
-
-    Programs are queued while the device is held, so that it never waits for the host;
-    the time of holding it drops out of the difference between many programs and few.
-    """
-    few, more = 2, 2 + 6 * CALLS // calls
-    jax.block_until_ready((_hold()(), run()))
-    times = []
-    for _ in range(20):
-        long, short = _burst(run, more), _burst(run, few)
-        if long is not None and short is not None:
-            times.append(long - short)
-        if len(times) == 5:
-            return statistics.median(times) / (more - few) / calls
-    raise RuntimeError(f"The host takes longer than {HELD_NS=} to queue: hold longer.")
 
 
 @registry.register("decoding")
@@ -143,7 +82,8 @@ def _few_rows(k: int, n: int, options: registry.Options) -> Iterator[registry.Ro
         read = weights[0].nbytes + 2 * m * (k + n)
         floor = max(2 * m * k * n / options.flops, read / options.bandwidth)
         with registry.alone():
-            bf16, taken = _seconds(bf16_runs[m]), _seconds(run)
+            bf16 = held.seconds(bf16_runs[m], CALLS)
+            taken = held.seconds(run, CALLS)
         yield registry.Row(
             op="matmul",
             format="nf4",
@@ -221,7 +161,7 @@ def quantizing(options: registry.Options) -> Iterator[registry.Row]:
             way = functools.partial(function, meaning)
             calls = len(inputs)
             run = registry.program(way, [jnp.zeros(())], inputs, calls=calls)
-            taken = _seconds(run, calls)
+            taken = held.seconds(run, calls)
             floor = n * k * bytes_each / options.bandwidth
             yield registry.Row(
                 op=op,

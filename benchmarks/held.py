@@ -1,0 +1,72 @@
+"""Times short programs on a device that never waits for the host."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels import emit
+
+HELD_NS = 14_000_000  # longer than the host takes to queue the programs
+_CALLS = 192  # that are timed, at least
+
+
+@functools.cache
+def _hold():
+    """A program that keeps the device busy for `HELD_NS` and does nothing."""
+
+    def body(out):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def spin(ctx, out):
+            del ctx
+            emit.ptx(
+                "{.reg .u64 now, end; .reg .pred p; mov.u64 end, %globaltimer; "
+                f"add.u64 end, end, {HELD_NS}; "
+                "SPIN_${:uid}: nanosleep.u32 2000; mov.u64 now, %globaltimer; "
+                "setp.lt.u64 p, now, end; @p bra SPIN_${:uid}; "
+                "st.global.b32 [$0], 0;}",
+                emit.address(out).value,
+            )
+
+        spin(out)  # pyright: ignore[reportCallIssue]
+
+    spinning = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
+        grid=(1,),
+        grid_names=("i",),
+        num_threads=1,
+        thread_name="wg",
+    )
+    return jax.jit(spinning)
+
+
+def _burst(run, times: int) -> float | None:
+    """Seconds of so many runs behind a held device; None if the host was too slow."""
+    start = time.perf_counter()
+    out = [_hold()(), *(run() for _ in range(times))]
+    queued = time.perf_counter() - start
+    jax.block_until_ready(out)
+    return time.perf_counter() - start if queued < HELD_NS * 1e-9 else None
+
+
+def seconds(run: Callable[[], list], calls: int) -> float:
+    """The time of one of the calls of a program, on the device.
+
+    Programs are queued while the device is held, so that it never waits for the host;
+    the time of holding it drops out of the difference between many programs and few.
+    """
+    few, more = 2, 2 + -(-_CALLS // calls)
+    jax.block_until_ready((_hold()(), run()))
+    times = []
+    for _ in range(20):
+        long, short = _burst(run, more), _burst(run, few)
+        if long is not None and short is not None:
+            times.append(long - short)
+        if len(times) == 5:
+            return statistics.median(times) / (more - few) / calls
+    raise RuntimeError(f"The host takes longer than {HELD_NS=} to queue: hold longer.")
