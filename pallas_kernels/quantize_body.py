@@ -18,8 +18,8 @@ from pallas_kernels import emit
 from pallas_kernels.nearest import EVEN_CELLS
 from pallas_kernels.packed import PackedSpec
 
-THREADS = 384
-BLOCKS_OF_THREADS = 132 * 3  # three share a multiprocessor, by their registers
+THREADS = 256
+BLOCKS_OF_THREADS = 132 * 4  # four share a multiprocessor, by their registers
 UNROLL = 2  # pieces of a lane in a tile
 PIECE = 8  # numbers of a piece
 TABLE_BYTES = EVEN_CELLS * 128
@@ -72,7 +72,7 @@ class Quantize:
     def copy_table(self):
         """Spreads the table over shared memory: 16 copies of an entry in a row."""
         for start in range(0, EVEN_CELLS * 8, THREADS):
-            index = (self.tid + start).min(EVEN_CELLS * 8 - 1)
+            index = self.tid + start
             source = emit.address(self.refs["table"]) + (index // 8 * 8).wide()
             entry = emit.ptx(
                 "ld.global.nc.v2.b32 {$0, $1}, [$2];", source.value, out="rr"
@@ -272,14 +272,9 @@ class Quantize:
             emit.bit(self.lane == 0),
         )
         emit.barrier()
-        total = emit.ptx(
-            "{.reg .pred p; setp.ne.b32 p, $2, 0; mov.f32 $0, 0f00000000; "
-            "@p ld.shared.f32 $0, [$1];}",
-            (sums + self.lane * 4).value,
-            emit.bit(self.lane < warps),
-            out="f",
-        )
-        total = add_lanes(total, 32)
+        place = sums + self.lane % warps * 4
+        total = emit.ptx("ld.shared.f32 $0, [$1];", place.value, out="f")
+        total = add_lanes(total, warps)
         place = emit.address(self.refs["sums"]) + (emit.block_index() * 4).wide()
         emit.ptx(
             store % "global",
