@@ -252,19 +252,25 @@ def line(row: dict) -> str:
 
 
 def write(rows: list[dict], name: str) -> pathlib.Path:
-    """Writes `benchmarks/results/<name>.json`."""
+    """Writes `benchmarks/results/<name>.json`.
+
+    Rows of the same day, device and jax that were not measured again are kept.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    kept = [
-        {k: v for k, v in row.items() if k not in ("machine", "jax")} for row in rows
-    ]
-    document = {
+    where = {
         "machine": rows[0]["machine"],
         "jax": rows[0]["jax"],
         "date": datetime.date.today().isoformat(),
-        "rows": kept,
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    before = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    kept = before.pop("rows")
+    if before != where:
+        kept = []
+    names = {row["name"] for row in rows}
+    kept = [row for row in kept if row["name"] not in names]
+    kept += [{k: v for k, v in row.items() if k not in where} for row in rows]
+    path.write_text(json.dumps(where | {"rows": kept}, indent=1) + "\n")
     return path
 
 
