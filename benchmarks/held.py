@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from pallas_kernels import emit
 
-HELD_NS = 14_000_000  # longer than the host takes to queue the programs
+_HELD_NS = 14_000_000  # as a rule longer than the host takes to queue the programs
 _CALLS = 192  # that are timed, at least
 
 
 @functools.cache
-def _hold():
-    """A program that keeps the device busy for `HELD_NS` and does nothing."""
+def _hold(ns: int):
+    """A program that keeps the device busy for so long and does nothing."""
 
     def body(out):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
@@ -25,7 +25,7 @@ def _hold():
             del ctx
             emit.ptx(
                 "{.reg .u64 now, end; .reg .pred p; mov.u64 end, %globaltimer; "
-                f"add.u64 end, end, {HELD_NS}; "
+                f"add.u64 end, end, {ns}; "
                 "SPIN_${:uid}: nanosleep.u32 2000; mov.u64 now, %globaltimer; "
                 "setp.lt.u64 p, now, end; @p bra SPIN_${:uid}; "
                 "st.global.b32 [$0], 0;}",
@@ -45,13 +45,13 @@ def _hold():
     return jax.jit(spinning)
 
 
-def _burst(run, times: int) -> float | None:
+def _burst(run, times: int, ns: int) -> float | None:
     """Seconds of so many runs behind a held device; None if the host was too slow."""
     start = time.perf_counter()
-    out = [_hold()(), *(run() for _ in range(times))]
+    out = [_hold(ns)(), *(run() for _ in range(times))]
     queued = time.perf_counter() - start
     jax.block_until_ready(out)
-    return time.perf_counter() - start if queued < HELD_NS * 1e-9 else None
+    return time.perf_counter() - start if queued < ns * 1e-9 else None
 
 
 def seconds(run: Callable[[], list], calls: int) -> float:
@@ -61,12 +61,13 @@ def seconds(run: Callable[[], list], calls: int) -> float:
     the time of holding it drops out of the difference between many programs and few.
     """
     few, more = 2, 2 + -(-_CALLS // calls)
-    jax.block_until_ready((_hold()(), run()))
-    times = []
-    for _ in range(20):
-        long, short = _burst(run, more), _burst(run, few)
-        if long is not None and short is not None:
-            times.append(long - short)
-        if len(times) == 5:
-            return statistics.median(times) / (more - few) / calls
-    raise RuntimeError(f"The host takes longer than {HELD_NS=} to queue: hold longer.")
+    for ns in (_HELD_NS, 4 * _HELD_NS, 16 * _HELD_NS):
+        jax.block_until_ready((_hold(ns)(), run()))
+        times = []
+        for _ in range(10):
+            long, short = _burst(run, more, ns), _burst(run, few, ns)
+            if long is not None and short is not None:
+                times.append(long - short)
+            if len(times) == 5:
+                return statistics.median(times) / (more - few) / calls
+    raise RuntimeError(f"The host takes longer than {ns / 1e6} ms to queue programs.")

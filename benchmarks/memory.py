@@ -114,7 +114,7 @@ def main() -> None:
             print(f"{case.name:<24} {aim:>6.1f} {planned_gb(case):>6.2f}")
         return
     room = Room(arguments.room or 0.9 * finetune.total_gb())
-    rows = []
+    rows, path = [], None
     with concurrent.futures.ThreadPoolExecutor(len(chosen)) as pool:
         runs = {pool.submit(measure, case, aim, room): case for aim, case in chosen}
         for run in concurrent.futures.as_completed(runs):
@@ -125,14 +125,15 @@ def main() -> None:
                 print(f"{name:<24} failed\n{error}", flush=True)
                 continue
             rows.append(row)
+            rows.sort(key=lambda row: row["aim_gb"])
+            path = finetune.write(rows, "memory")  # what is there, should it be stopped
             print(
                 f"{name:<24} {row['aim_gb']:>6.1f} {row['planned_gb']:>6.2f} "
                 f"{row['peak_gb']:>6.2f}  {'ran' if row['fits'] else 'did not fit'}",
                 flush=True,
             )
     if rows:
-        rows.sort(key=lambda row: row["aim_gb"])
-        print(finetune.write(rows, "memory"))
+        print(path)
 
 
 if __name__ == "__main__":
