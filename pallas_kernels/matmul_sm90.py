@@ -105,6 +105,8 @@ class Config:
             raise ValueError(f"{self.raster=} must be 'rows' or 'features'.")
         if not 0 <= self.permuted <= STEP_WORDS:
             raise ValueError(f"{self.permuted=} must be 0 to {STEP_WORDS}.")
+        if self.divided and self.cluster > 1:
+            raise ValueError("Tiles of a cluster are not divided: use cluster=1.")
         if self.shared_bytes > _SHARED_BYTES:
             raise ValueError(
                 f"{self} takes {self.shared_bytes} bytes of shared memory, a block has "
@@ -198,7 +200,6 @@ def candidates() -> list[Config]:
         *(Config(permuted=p) for p in (0, 1, 2)),
         Config(cluster=2),
         Config(divided=True),
-        Config(cluster=2, divided=True),
         Config(tile_m=192, stages=5),
         Config(tile_m=192, stages=5, divided=True),
         Config(tile_m=128, stages=6),
@@ -276,12 +277,11 @@ def _call(direction, x, packed, spec, config, addend):
     out_type = jax.ShapeDtypeStruct(out_shape, x.dtype)
     counters = []
     if config.divided:
-        # A block leaves one part at most.
-        blocks = workers * config.cluster
-        part = (blocks, TILE_FEATURES * config.tile_m)
+        # A worker leaves one part at most.
+        part = (workers, TILE_FEATURES * config.tile_m)
         out_type = out_type, jax.ShapeDtypeStruct(part, jnp.float32)
         # A kernel leaves them as they were, 0.
-        counters = [jnp.zeros(8 * blocks, jnp.int32)]
+        counters = [jnp.zeros(8 * workers, jnp.int32)]
     kernel = plgpu.kernel(
         functools.partial(
             body,

@@ -128,10 +128,6 @@ def body(
     )
     wg = lax.axis_index("wg")
     worker = lax.axis_index("sm")
-    # Of a cluster's blocks each has parts and counters of its own.
-    first_part = jnp.int32(0)
-    if config.cluster > 1:
-        first_part = lax.axis_index("cluster") * schedule.workers
 
     def place(tile):
         """First row and first feature of a tile."""
@@ -310,17 +306,16 @@ def body(
             place = seg.tile - schedule.whole
             first, count = place * schedule.parts, jnp.int32(schedule.parts)
             mine = worker - first
-            part, own = first_part + first, first_part + worker
             owners = [schedule.owner(i, len(chunks)) for i in range(len(chunks))]
             for owner, rows in zip(owners, chunks, strict=True):
-                give = functools.partial(leave_rows, y, rows, own, wg, parts_gmem)
+                give = functools.partial(leave_rows, y, rows, worker, wg, parts_gmem)
                 pl.when(mine != owner)(give)
-            meet(first_part + place, count, wg, counters_gmem)
+            meet(place, count, wg, counters_gmem)
             for owner, rows in zip(owners, chunks, strict=True):
 
                 @pl.when(mine == owner)
                 def _(rows=rows):
-                    total = add_rows(y, rows, (part, mine, count), wg, parts_gmem)
+                    total = add_rows(y, rows, (first, mine, count), wg, parts_gmem)
                     write_rows(total, rows, m0, f0)
 
             # Not every slot had its turn.
@@ -329,15 +324,14 @@ def body(
         def collect(y, seg, m0, f0):
             """Leaves a part of a tile, or adds up what others left and writes it."""
             shares = schedule.shares(worker, seg)
-            own, counter = first_part + worker, first_part + shares.place
 
             def give():
-                leave_rows(y, (0, tile_m), own, wg, parts_gmem)
-                arrive(counter, wg, counters_gmem)
+                leave_rows(y, (0, tile_m), worker, wg, parts_gmem)
+                arrive(shares.place, wg, counters_gmem)
 
             def take():
-                wait(counter, shares.others, wg, counters_gmem)
-                workers = own, jnp.int32(0), shares.others + 1
+                wait(shares.place, shares.others, wg, counters_gmem)
+                workers = worker, jnp.int32(0), shares.others + 1
                 for rows in chunks:
                     total = add_rows(y, rows, workers, wg, parts_gmem)
                     write_rows(total, rows, m0, f0)

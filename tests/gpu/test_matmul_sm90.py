@@ -105,11 +105,10 @@ DIVIDED = {
 
 
 @pytest.mark.parametrize("direction", PASSES)
-@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("m, width", DIVIDED.values(), ids=DIVIDED)
-def test_divided_tiles(m, width, cluster, direction):
+def test_divided_tiles(m, width, direction):
     x, w, expected = operands(direction, m, width, width)
-    config = Config(cluster=cluster, divided=True)
+    config = Config(divided=True)
     y = run(direction, x, w, config)
     assert relative_error(y, expected) < MATMUL_RELATIVE["bfloat16"]
     np.testing.assert_array_equal(y, run(direction, x, w, config))
@@ -133,7 +132,6 @@ def addend(x, features, rank):
         (1000, 256, Config()),
         (1000, 64, Config(tile_m=64, stages=8)),
         (1000, 64, Config(divided=True)),  # 40 tiles: two pieces each
-        (1000, 64, Config(cluster=2, divided=True)),
         (512, 128, Config(tile_m=64, stages=8, divided=True)),  # 80: end to end
         (1408, 64, Config(tile_m=64, stages=8, divided=True)),  # 88 after a round
     ],

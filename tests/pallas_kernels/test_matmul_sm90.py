@@ -21,7 +21,6 @@ CONFIGS = [
     matmul_sm90.Config(tile_m=128, stages=6, raster_width=4),
     matmul_sm90.Config(tile_m=64, stages=8, permuted=0),
     matmul_sm90.Config(permuted=0, divided=True),
-    matmul_sm90.Config(cluster=2, divided=True),
 ]
 PASSES = {"forward": matmul_sm90.matmul, "backward": matmul_sm90.matmul_dx}
 
@@ -210,7 +209,6 @@ def test_every_configuration_lowers(config, direction):
         (1000, 16, matmul_sm90.Config(tile_m=64, stages=8)),
         (256, 128, matmul_sm90.Config(divided=True)),  # tiles cut alike
         (600, 64, matmul_sm90.Config(divided=True)),  # end to end
-        (600, 64, matmul_sm90.Config(cluster=2, divided=True)),
     ],
 )
 def test_an_addend_lowers(m, rank, config, direction):
@@ -280,10 +278,10 @@ def test_eight_bit_formats_are_refused():
         ("forward", 512, {}),
         ("forward", 256, {"cluster": 2}),
         ("forward", 64, {"tile_m": 64, "stages": 8}),
-        ("backward", 8192, {"divided": True}),
+        ("backward", 8192, {}),
         ("backward", 2048, {}),
         ("backward", 1024, {"cluster": 2}),
-        ("backward", 512, {"cluster": 2, "divided": True}),
+        ("backward", 512, {"divided": True}),
     ],
 )
 def test_default_configurations(direction, m, options):
@@ -301,6 +299,7 @@ def test_default_configurations(direction, m, options):
         ({"cluster": 3}, "must be 1 or 2"),
         ({"raster": "columns"}, "must be 'rows' or 'features'"),
         ({"permuted": 5}, "must be 0 to 4"),
+        ({"divided": True, "cluster": 2}, "not divided"),
     ],
 )
 def test_a_configuration_checks_itself(options, message):
