@@ -12,7 +12,8 @@ from qlora_jax.cli.main import main
 from qlora_jax.cli.presets import PRESETS
 from tests.interop.folders import write_folder
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+# Runs are held to runs of the same programs, bit for bit.
+pytestmark = [pytest.mark.unoptimized, pytest.mark.usefixtures("compiled_once")]
 SMALL = {
     "steps": 6,
     "rank": 2,

@@ -1,5 +1,6 @@
 """Models are built in place, on one device or split over several."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -49,21 +50,35 @@ def relative(got, expected):
     return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
+@jax.jit
+def forward(model, tokens):
+    return model(tokens)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """A format -> the model on one device, and its logits."""
+
+    @functools.cache
+    def load(quantize):
+        model = load_model(folder, quantize=quantize, dtype=jnp.float32)
+        return model, forward(model, TOKENS)
+
+    return load
+
+
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_sharded_is_unsharded(folder, quantize, sizes):
+def test_sharded_is_unsharded(folder, alone, quantize, sizes):
     """Bytes equal; logits equal but for the order of sums."""
     mesh = sharding.make_mesh(**sizes)
-    options = dict(quantize=quantize, dtype=jnp.float32)
-    model = load_model(folder, **options, mesh=mesh)
-    alone = load_model(folder, **options)
-    for a, b in zip(*map(jax.tree.leaves, (model, alone)), strict=True):
+    model = load_model(folder, quantize=quantize, dtype=jnp.float32, mesh=mesh)
+    expected, logits = alone(quantize)
+    for a, b in zip(*map(jax.tree.leaves, (model, expected)), strict=True):
         assert a.sharding.device_set == set(mesh.devices.flat)
         np.testing.assert_array_equal(a, b, strict=True)
     tokens = jax.device_put(TOKENS, sharding.batch_sharding(mesh))
-    forward = jax.jit(lambda model, tokens: model(tokens))
-    difference = relative(forward(model, tokens), forward(alone, TOKENS))
-    assert difference <= LOGITS_RELATIVE["float32"]
+    assert relative(forward(model, tokens), logits) <= LOGITS_RELATIVE["float32"]
 
 
 def test_each_device_holds_its_part(folder):

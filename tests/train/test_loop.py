@@ -27,7 +27,8 @@ from tests.train.tiny import (
     batches,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+# Runs are held to runs of the same programs, bit for bit.
+pytestmark = [pytest.mark.unoptimized, pytest.mark.usefixtures("compiled_once")]
 
 
 class Losses(Callback):

@@ -15,7 +15,8 @@ from tests.train.tiny import SMALL, adapted, batches
 
 CONFIG = dataclasses.replace(SMALL, save_every=100, eval_every=4)
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+# Runs are held to runs of the same programs, bit for bit.
+pytestmark = [pytest.mark.unoptimized, pytest.mark.usefixtures("compiled_once")]
 
 
 class SignalAt(Callback):
