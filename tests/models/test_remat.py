@@ -161,7 +161,7 @@ def test_what_is_kept_of_a_layer_is_on_the_host(parts):
         (layers, rows, tokens, heads, CONFIG.head_dim),
         (layers, rows * tokens, hidden),
     ]
-    train = TrainConfig(batch_size=rows, seq_len=tokens, remat="offload")
+    train = TrainConfig(rank=4, batch_size=rows, seq_len=tokens, remat="offload")
     planned = plan_memory(CONFIG, train, dtype="float32", paged=False).host
     found = sum(aval.size * aval.dtype.itemsize for aval in outputs)
     assert planned == {"activations": found}
