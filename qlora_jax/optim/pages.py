@@ -7,6 +7,7 @@ function, what depends on no paged array at all, is evaluated once, before any p
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import jax
@@ -222,11 +223,14 @@ def _shared_variables(jaxpr: Jaxpr, eqn_masks: Sequence[Mask]) -> list:
 
 def _sums(eqns: Sequence[JaxprEqn]) -> list:
     """Single numbers that are computed from arrays."""
+
+    def single(x) -> bool:
+        return math.prod(getattr(x.aval, "shape", ())) == 1
+
     return [
         var
         for eqn in eqns
-        if any(x.aval.size > 1 for x in eqn.invars)
-        if all(x.aval.size == 1 for x in eqn.outvars)
+        if not all(map(single, eqn.invars)) and all(map(single, eqn.outvars))
         for var in eqn.outvars
     ]
 
