@@ -179,7 +179,11 @@ def paged(
         on_host = [i for i, host in enumerate(hosted) if host]
         if any(isinstance(x, Tracer) for x in jax.tree.leaves((updates, state))):
             outputs = evaluate_by_page(
-                fn, pages, page_size=page_size, host_outputs=on_host
+                fn,
+                pages,
+                page_size=page_size,
+                host_outputs=on_host,
+                after=jax.tree.leaves(cut_updates),
             )
         else:
             # Outside of jit the inner optimizer is called as it is: cut in pages, what

@@ -37,6 +37,7 @@ def evaluate_by_page(
     *,
     page_size: int,
     host_outputs: Collection[int],
+    after: Sequence[jax.Array] = (),
 ) -> list[jax.Array]:
     """Returns `fn(*args)`, with at most two pages of `args` on the device at a time.
 
@@ -53,6 +54,8 @@ def evaluate_by_page(
         page_size: bytes of `args` in a page. A group of arguments that `fn` binds
             together is never split, so a page of one group may be larger.
         host_outputs: indices of the outputs that go to host memory.
+        after: arrays that `fn` closes over. If it sums up several of them to a number,
+            such as a global norm of gradients, no page is fetched before that.
 
     Returns:
         The outputs.
@@ -79,16 +82,21 @@ def evaluate_by_page(
     once = [eqn for eqn, reads in zip(jaxpr.eqns, eqn_masks, strict=True) if not reads]
     known = dict(zip(jaxpr.constvars, consts, strict=True))
     # Left to itself the compiler fetches the first page as the program begins, long
-    # before there is a gradient for it. What is summed up for all pages, such as a
-    # global norm, is there when all gradients are; numbers alone are held up by it, so
-    # that arrays are computed as they would be.
-    if sums := _sums(once):
-        values = _evaluate(jaxpr, once, known, sums)
+    # before there is a gradient for it. What is summed up over all of them is there
+    # when they are. This number alone is held up by it, so that arrays are computed as
+    # they would be.
+    awaited = [
+        var
+        for var, value in zip(jaxpr.constvars, consts, strict=True)
+        if any(value is x for x in after)
+    ]
+    if first and (total := _total(awaited, once)) is not None:
+        values = _evaluate(jaxpr, once, known, total.outvars)
         pinned, values = _barrier([args[i] for i in first], values)
         for i, x in zip(first, pinned, strict=True):
             args[i] = x
-        known.update(zip(sums, values, strict=True))
-        once = [eqn for eqn in once if not set(sums).issuperset(eqn.outvars)]
+        known.update(zip(total.outvars, values, strict=True))
+        once.remove(total)
     unpaged = [i for i, mask in enumerate(out_masks) if not mask and i not in outputs]
     shared = _shared_variables(jaxpr, eqn_masks)
     values = _evaluate(
@@ -221,18 +229,25 @@ def _shared_variables(jaxpr: Jaxpr, eqn_masks: Sequence[Mask]) -> list:
     return [var for var in common if var in read]
 
 
-def _sums(eqns: Sequence[JaxprEqn]) -> list:
-    """Single numbers that are computed from arrays."""
+def _total(arrays: Sequence, eqns: Sequence[JaxprEqn]) -> JaxprEqn | None:
+    """What computes the first number that more of the arrays went into than any before.
 
-    def single(x) -> bool:
-        return math.prod(getattr(x.aval, "shape", ())) == 1
+    None if there is no number that more than one went into.
+    """
+    known = {x: 1 << i for i, x in enumerate(arrays)}
+    best, most = None, 1
+    for eqn in eqns:
+        mask = 0
+        for atom in eqn.invars:
+            mask |= 0 if isinstance(atom, Literal) else known.get(atom, 0)
+        known.update(dict.fromkeys(eqn.outvars, mask))
+        if mask.bit_count() > most and all(map(_is_single, eqn.outvars)):
+            best, most = eqn, mask.bit_count()
+    return best
 
-    return [
-        var
-        for eqn in eqns
-        if not all(map(single, eqn.invars)) and all(map(single, eqn.outvars))
-        for var in eqn.outvars
-    ]
+
+def _is_single(x) -> bool:
+    return math.prod(getattr(x.aval, "shape", ())) == 1
 
 
 def _exchange(

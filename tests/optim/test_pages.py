@@ -102,21 +102,23 @@ def test_two_pages_at_most_and_one_transfer_each_way(in_a_page):
         assert fetch not in found[writes[n]][1]
 
 
-def test_the_first_fetch_waits_for_what_is_summed_up_for_all_pages():
-    def step(gradient, *state):
+def test_the_first_fetch_waits_for_what_is_summed_up_over_all_gradients():
+    def step(gradients, *state):
+        def fn(*ys):
+            norm = sum(jnp.sum(g**2) for g in gradients)
+            return [y + g / norm for y, g in zip(ys, gradients, strict=True)]
+
         return evaluate_by_page(
-            lambda *ys: [y + gradient / jnp.sum(gradient) for y in ys],
-            state,
-            page_size=1,
-            host_outputs=[0, 1],
+            fn, state, page_size=1, host_outputs=[0, 1], after=gradients
         )
 
-    jaxpr = jax.make_jaxpr(step)(jnp.ones([4, 4]), *host_arrays(2)).jaxpr
+    gradients = [jnp.ones([4, 4])] * 2
+    jaxpr = jax.make_jaxpr(step)(gradients, *host_arrays(2)).jaxpr
     after = set()  # variables that depend on the sum
     fetches = []
     for eqn in jaxpr.eqns:
         waits = any(not hasattr(x, "val") and x in after for x in eqn.invars)
-        if eqn.primitive.name == "reduce_sum" or waits:
+        if (eqn.primitive.name == "add" and not eqn.outvars[0].aval.shape) or waits:
             after.update(eqn.outvars)
         if eqn.primitive.name == "device_put":
             [space] = eqn.params["devices"]
