@@ -66,8 +66,9 @@ def plan_memory(
     Counted, not tried: weights and optimizer state exactly, activations by what the
     policy of rematerialisation keeps of a layer, and what the backward of one layer, or
     a chunk of the loss, has in memory at a time. Against what XLA's own buffer
-    assignment reports for an H200 it is within 3 % (tests/test_plan.py); the allocator's
-    peak was up to 0.5 GB above it, with lean adapters up to 1.3 (docs/performance.md).
+    assignment reports for an H200 it is within 3 % (tests/test_plan.py); the peak of
+    the allocator was up to 0.5 GB above it, with lean adapters up to 1.3
+    (docs/performance.md).
 
     Args:
         config: the model's shape.
