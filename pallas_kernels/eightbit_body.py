@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import emit
+from pallas_kernels.widen import widen
 
 Codebooks = tuple[tuple[float, ...], ...]
 
@@ -247,7 +248,7 @@ class Step:
         for half, (index, valid) in enumerate(self.places(block)):
             part = words[half * self.g_bytes : (half + 1) * self.g_bytes]
             updates = []
-            for j, g in enumerate(self.widen(part)):
+            for j, g in enumerate(widen(part, self.half)):
                 moments = [
                     self.decode(i, codes[i][half], j, scales[i])
                     for i in range(len(self.tables))
@@ -259,20 +260,6 @@ class Step:
             self.write_update(index, valid, updates)
         for i, numbers in enumerate(new):
             self.write_moment(i, block, numbers)
-
-    def widen(self, words: list) -> list:
-        """Gradients in float32."""
-        if self.half is None:
-            return [emit.from_bits(word) for word in words]
-        if self.half == "bf16":
-            text = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        else:
-            text = (
-                "{.reg .b16 l, h; mov.b32 {l, h}, $2; "
-                "cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}"
-            )
-        pairs = [emit.ptx(text, word, out="ff", pure=True) for word in words]
-        return [*itertools.chain(*pairs)]
 
     def decode(self, i: int, word, j: int, scale):
         """Number `j` of a word of codes."""

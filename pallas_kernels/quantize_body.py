@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import emit
 from pallas_kernels.nearest import EVEN_CELLS
 from pallas_kernels.packed import PackedSpec
+from pallas_kernels.widen import widen
 
 THREADS = 256
 BLOCKS_OF_THREADS = 132 * 4  # four share a multiprocessor, by their registers
@@ -205,24 +206,7 @@ class Quantize:
             out="r",
             pure=True,
         )
-        return self.widen([self.among_lanes(both, f"{self.half}x2", "r")])
-
-    def widen(self, words: list) -> list:
-        """The numbers in float32."""
-        if self.bits == 32:
-            return [emit.from_bits(word) for word in words]
-        if self.half == "bf16":
-            text = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        else:
-            text = (
-                "{.reg .b16 l, h; mov.b32 {l, h}, $2; "
-                "cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}"
-            )
-        return [
-            number
-            for word in words
-            for number in emit.ptx(text, word, out="ff", pure=True)
-        ]
+        return widen([self.among_lanes(both, f"{self.half}x2", "r")], self.half)
 
     def inverse(self, absmax):
         """1 / absmax, or 0 for a block of zeros."""
@@ -239,7 +223,9 @@ class Quantize:
         # Half of the lanes look at the same copy, in another half-warp's turn.
         copy = (self.lane % 16 * 8).value
         halves = [emit.const(0).value] * 2
-        for i, number in enumerate(self.widen(words)):
+        for i, number in enumerate(
+            widen(words, self.half if self.bits == 16 else None)
+        ):
             # Even columns in the high halves of bytes.
             mask = 15 << (8 * (i // 2 % 2) + 4 * (1 - i % 2))
             halves[i // 4] = emit.ptx(
