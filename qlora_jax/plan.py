@@ -6,13 +6,11 @@ import math
 import numpy as np
 
 from qlora_jax.models import LlamaConfig
+from qlora_jax.optim.pages import LARGE_PAGE, PAGE_SIZE, plan_pages
 from qlora_jax.quant import FORMATS
 from qlora_jax.train import TrainConfig
 
 _BLOCK, _NESTED_BLOCK = 64, 256
-# As `optim.paged` cuts it by default, and from what size on `optim.pages` has no array
-# of one page beside another.
-_PAGE, _LARGE_PAGE = 2**26, 2**30
 # As `models.llama` cuts a recomputed MLP.
 _MLP_ROWS = 4096
 # Bytes of optimizer state a trained number, by `TrainConfig.algorithm`.
@@ -216,15 +214,13 @@ def _page_bytes(
     each = _STATE_BYTES[train.algorithm] + (4 if lean else 0)
     arrays = 3 if lean else 2
     sides = [side for shape in config.linear_shapes().values() for side in shape]
-    leaves = sorted(config.num_layers * train.rank * side for side in sides)
+    leaves = [config.num_layers * train.rank * side for side in sides]
+    states = [math.ceil(leaf * each) for leaf in leaves]
     most, freed, before = 0.0, 0, 0.0
-    while leaves:
-        page = [leaves.pop(0)]
-        while leaves and (sum(page) + leaves[0]) * each <= _PAGE:
-            page.append(leaves.pop(0))
-        size = sum(page) * each
-        beside = 0 if size > _LARGE_PAGE else before
-        most = max(most, size + beside - freed * adapter_bytes)
-        freed += sum(page)
-        before = page[-1] * each / arrays
+    for page in plan_pages(states, [], PAGE_SIZE):
+        size = sum(states[i] for i in page.inputs)
+        beside = 0 if size > LARGE_PAGE else before
+        most = max(most, size + beside - freed)
+        freed += sum(leaves[i] for i in page.inputs) * adapter_bytes
+        before = states[page.inputs[-1]] / arrays
     return math.ceil(most)

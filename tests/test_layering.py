@@ -47,7 +47,12 @@ ALLOWED = {
         "qlora_jax.sharding",
         "qlora_jax.throughput",
     },
-    "qlora_jax.plan": {"qlora_jax.models", "qlora_jax.quant", "qlora_jax.train"},
+    "qlora_jax.plan": {
+        "qlora_jax.models",
+        "qlora_jax.optim",
+        "qlora_jax.quant",
+        "qlora_jax.train",
+    },
     "qlora_jax.generate": {"qlora_jax.models", "qlora_jax.sharding"},
     "qlora_jax.evals": {
         "qlora_jax.data",

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.optim.memory import has_host_memory, to_device, to_host
-from qlora_jax.optim.pages import evaluate_by_page
+from qlora_jax.optim.pages import PAGE_SIZE, evaluate_by_page
 from qlora_jax.optim.slices import (
     check_elementwise,
     join_slices,
@@ -21,7 +21,7 @@ from qlora_jax.optim.slices import (
 def paged(
     inner: optax.GradientTransformation,
     *,
-    page_size: int = 2**26,
+    page_size: int = PAGE_SIZE,
     device_budget: int = 0,
     min_size: int = 65_536,
     slice_leaves: bool = False,

@@ -19,8 +19,9 @@ from qlora_jax.optim.memory import to_device, to_host
 
 # A set of inputs, bit `i` standing for input `i`: unions of thousands are one `|`.
 Mask = int
-# Bytes from which on a page has no room for an array of the page before it.
-_LARGE = 2**30
+# Bytes of a page, if not said, and from which on one has no room for an array of the
+# page before it.
+PAGE_SIZE, LARGE_PAGE = 2**26, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ def evaluate_by_page(
     last: list[int] = []  # the outputs of the previous page that go to host memory
     for page in pages:
         hosted = [args[i] for i in page.inputs]
-        lag = int(sum(x.nbytes for x in hosted) > _LARGE)
+        lag = int(sum(x.nbytes for x in hosted) > LARGE_PAGE)
         fetched, written = _exchange(hosted, computed, lag)
         fetched, written = _barrier(fetched, written)
         outputs.update(zip(last, written, strict=True))

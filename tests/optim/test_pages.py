@@ -128,7 +128,7 @@ def test_the_first_fetch_waits_for_what_is_summed_up_over_all_gradients():
 
 
 def test_arrays_of_a_large_page_come_one_behind_those_that_leave(monkeypatch):
-    monkeypatch.setattr(pages, "_LARGE", 100)
+    monkeypatch.setattr(pages, "LARGE_PAGE", 100)
     args = host_arrays(6)  # two pages of three arrays of 64 bytes
     traced = jax.make_jaxpr(
         lambda *xs: evaluate_by_page(
