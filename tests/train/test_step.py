@@ -87,6 +87,10 @@ def test_options_of_the_compiler_are_for_many_tokens_on_a_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert step_options(8192) == {"xla_gpu_enable_triton_gemm": False}
     assert step_options(512) == {}
+    assert step_options(512, tune=False) == {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_autotune_level": 0,
+    }
     # What travels to the host does so beside the kernels, not between them.
     (graphs,) = step_options(512, remat="offload").values()
     assert "FUSION" in graphs.split(",")
