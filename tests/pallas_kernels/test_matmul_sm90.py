@@ -9,7 +9,7 @@ import pytest
 from pallas_kernels import decode, matmul_sm90
 from pallas_kernels import matmul_sm90_lanes as lanes
 from pallas_kernels.packed import PackedSpec, PackedWeight
-from tests.pallas_kernels.test_decode import NF4, NumpyOps
+from tests.pallas_kernels.test_decode import NF4, CheckedOps
 
 LANE = np.arange(128, dtype=np.uint32)
 CONFIGS = [
@@ -25,7 +25,7 @@ CONFIGS = [
 PASSES = {"forward": matmul_sm90.matmul, "backward": matmul_sm90.matmul_dx}
 
 
-class LaneOps(NumpyOps):
+class LaneOps(CheckedOps):
     """`lanes.LaneOps` of a warpgroup."""
 
     def __init__(self, pairs):
@@ -64,7 +64,7 @@ def span_in_shared_memory(forward, packed):
     memory = np.zeros(lanes.CODES_BYTES, np.uint8)
     written = np.zeros(lanes.CODES_BYTES, int)
     arrange = lanes.forward_codes if forward else lanes.backward_codes
-    for address, group in arrange(NumpyOps(), words, LANE):
+    for address, group in arrange(CheckedOps("bfloat16"), words, LANE):
         size = 4 * len(group)
         assert_no_bank_conflicts(address, size)
         at = address[:, None] + np.arange(size)
