@@ -33,7 +33,7 @@ from pallas_kernels import matmul_sm90, quantized_matmul, quantized_matmul_dx
 from qlora_jax.quant import dequantize, quantize
 
 # k, n of Llama layers
-SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (5120, 13824)]
+SHAPES = [(4096, 14336), (8192, 28672), (5120, 13824), (4096, 4096), (14336, 4096)]
 ROWS = [128, 256, 512, 1024, 2048, 4096, 8192]
 CACHE_BYTES = 120e6  # weights are rotated until they exceed this: twice an H200's L2
 OPS = {
@@ -133,12 +133,19 @@ class Problem:
 @registry.register("matmul")
 def large_matmuls(options: registry.Options) -> Iterator[registry.Row]:
     """Forward and backward of many rows: every implementation, or configuration."""
-    shapes = SHAPES[1:2] if options.quick else SHAPES
+    shapes = SHAPES[:1] if options.quick else SHAPES
     shapes = [options.shape] if options.shape else shapes
     rows = options.rows or ([512, 2048] if options.quick else ROWS)
-    problems = [Problem(op, m, k, n) for k, n in shapes for m in rows for op in OPS]
+    for k, n in shapes:
+        problems = [Problem(op, m, k, n) for m in rows for op in OPS]
+        yield from _one_shape(problems, options)
+
+
+def _one_shape(
+    problems: list[Problem], options: registry.Options
+) -> Iterator[registry.Row]:
     # Kernels take seconds to compile: side by side, and before anything is measured.
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = [
             pool.submit(problem.compile, name, way)
             for problem in problems
@@ -148,9 +155,10 @@ def large_matmuls(options: registry.Options) -> Iterator[registry.Row]:
             one.result()
     for problem in problems:
         problem.expected  # noqa: B018  takes as long on the host
-    with registry.alone():
-        for problem in problems:
-            yield from _measure(problem, options)
+    for problem in problems:
+        with registry.alone():
+            rows = list(_measure(problem, options))
+        yield from rows
 
 
 def _measure(problem: Problem, options: registry.Options) -> Iterator[registry.Row]:
@@ -222,17 +230,17 @@ def main() -> None:
     )
     print(f"copies {bandwidth / 1e12:.2f} TB/s, bfloat16 {flops / 1e12:.0f} TFLOP/s")
     print(registry.HEADER, flush=True)
-    rows = []
-    name = "kernels-tune" if arguments.tune else "kernels"
+    path, name = None, "kernels-tune" if arguments.tune else "kernels"
     for benchmark_name, benchmark in registry.BENCHMARKS.items():
         if arguments.only not in (None, benchmark_name):
             continue
         for row in benchmark(options):
-            rows.append(row)
             print(registry.line(row), flush=True)
+            path = registry.write([row], name)  # what is there, should it be stopped
             if arguments.limit and time.monotonic() - start > arguments.limit:
                 break
-    print(registry.write(rows, name))
+    if path:
+        print(path)
 
 
 if __name__ == "__main__":
