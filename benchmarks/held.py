@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from pallas_kernels import emit
 
 _HELD_NS = 14_000_000  # as a rule longer than the host takes to queue the programs
-_CALLS = 192  # that are timed, at least
+_CALLS = 192  # that are timed, if so many fit into the programs of one queue
+# JAX lets a device have 32 programs waiting; the host would wait for the next one, and
+# that for the held device.
+_QUEUE = 30
 
 
 @functools.cache
@@ -48,7 +51,9 @@ def _hold(ns: int):
 def _burst(run, times: int, ns: int) -> float | None:
     """Seconds of so many runs behind a held device; None if the host was too slow."""
     start = time.perf_counter()
-    out = [_hold(ns)(), *(run() for _ in range(times))]
+    out: object = _hold(ns)()
+    for _ in range(times):
+        out = run()  # results of the one before are given back: they may be large
     queued = time.perf_counter() - start
     jax.block_until_ready(out)
     return time.perf_counter() - start if queued < ns * 1e-9 else None
@@ -60,7 +65,7 @@ def seconds(run: Callable[[], list], calls: int) -> float:
     Programs are queued while the device is held, so that it never waits for the host;
     the time of holding it drops out of the difference between many programs and few.
     """
-    few, more = 2, 2 + -(-_CALLS // calls)
+    few, more = 2, min(2 + -(-_CALLS // calls), _QUEUE)
     for ns in (_HELD_NS, 4 * _HELD_NS, 16 * _HELD_NS):
         jax.block_until_ready((_hold(ns)(), run()))
         times = []

@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some
 
@@ -30,10 +31,14 @@ from qlora_jax.quant import dequantize, quantize
 K, N = 4096, 14336
 ROWS = [1, 4, 16, 64, 256, 512, 2048, 8192]
 COPIES = 8  # 235 MB of codes, four times an H200's L2
+REPLAYS, REPEATS = 4, 5  # of a program at a time, of a measurement
 
 
-def bitsandbytes_seconds() -> dict[int, tuple[float, float]]:
-    """Times of a call by rows: Linear4bit's, and a bfloat16 linear layer's."""
+Timer = Callable[[], float]  # seconds of a call
+
+
+def torch_timers() -> dict[int, tuple[Timer, Timer]]:
+    """By rows: of Linear4bit, and of a bfloat16 linear layer, each in a CUDA graph."""
     import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -52,7 +57,7 @@ def bitsandbytes_seconds() -> dict[int, tuple[float, float]]:
         )
         return layer.cuda()
 
-    def graph_seconds(calls) -> float:
+    def timer(calls) -> Timer:
         calls[0]()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -60,40 +65,40 @@ def bitsandbytes_seconds() -> dict[int, tuple[float, float]]:
             for call in calls:
                 call()
         graph.replay()
-        times = []
-        for _ in range(5):
+
+        def seconds() -> float:
             torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(4):
+            for _ in range(REPLAYS):
                 graph.replay()
             torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) / (4 * len(calls)))
-        return statistics.median(times)
+            return (time.perf_counter() - start) / (REPLAYS * len(calls))
+
+        return seconds
 
     layers = [quantized() for _ in range(COPIES)]
     dense = [
         torch.randn(N, K, dtype=torch.bfloat16, device="cuda") for _ in range(COPIES)
     ]
-    found = {}
+    timers = {}
     with torch.no_grad():
         for m in ROWS:
             x = torch.randn(m, K, dtype=torch.bfloat16, device="cuda")
             linear = torch.nn.functional.linear
-            found[m] = (
-                graph_seconds([functools.partial(layer, x) for layer in layers]),
-                graph_seconds([functools.partial(linear, x, w) for w in dense]),
+            timers[m] = (
+                timer([functools.partial(layer, x) for layer in layers]),
+                timer([functools.partial(linear, x, w) for w in dense]),
             )
-    del layers, dense
-    torch.cuda.empty_cache()
-    return found
+    return timers
 
 
-def _seconds(op, m, x, weights) -> float:
-    """The time of a call; of few rows on a device that does not wait for the host."""
-    if m > 64:
-        return registry.seconds(op, x, weights, calls=COPIES)
+def jax_timer(op, m, weights) -> Timer:
+    """Of few rows on a device that does not wait for the host."""
+    x = [jax.random.normal(jax.random.key(m), (m, K), jnp.bfloat16)]
     program = registry.program(op, x, weights, calls=COPIES)
-    return held.seconds(program, COPIES)
+    if m > 64:
+        return lambda: registry.burst(program, REPLAYS) / (REPLAYS * COPIES)
+    return lambda: held.seconds(program, COPIES)
 
 
 def main() -> None:
@@ -107,7 +112,7 @@ def main() -> None:
     import bitsandbytes  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
 
-    theirs = bitsandbytes_seconds()
+    theirs = torch_timers()
     make = jax.jit(lambda key: quantize(jax.random.normal(key, (K, N))))
     weights = [make(key) for key in jax.random.split(jax.random.key(0), COPIES)]
     dense = [jax.jit(lambda w: dequantize(w, jnp.bfloat16).T)(w) for w in weights]
@@ -115,12 +120,17 @@ def main() -> None:
     rows = []
     print(f"{'m':>5} {'us':>9} {'bitsandbytes us':>16} {'ratio':>6} {'bf16 us':>9}")
     for m in ROWS:
-        x = [jax.random.normal(jax.random.key(m), (m, K), jnp.bfloat16)]
-        ours = _seconds(lambda x, p: quantized_matmul(x, p, spec), m, x, packed)
-        bf16 = _seconds(
-            lambda x, w: lax.dot_general(x, w, (((1,), (1,)), ((), ()))), m, x, dense
+        timers = (
+            jax_timer(lambda x, p: quantized_matmul(x, p, spec), m, packed),
+            theirs[m][0],
+            jax_timer(
+                lambda x, w: lax.dot_general(x, w, (((1,), (1,)), ((), ()))), m, dense
+            ),
+            theirs[m][1],
         )
-        peer, peer_bf16 = theirs[m]
+        # In turn: a GPU gets slower as it gets warmer.
+        turns = [[timer() for timer in timers] for _ in range(REPEATS)]
+        ours, peer, bf16, peer_bf16 = map(statistics.median, zip(*turns, strict=True))
         row = {
             "m": m,
             "k": K,

@@ -36,10 +36,10 @@ def models(config, rank):
     return treedef.unflatten(moved), frozen, exact
 
 
-def gradient(trainable, frozen, batch, **options):
+def gradient(trainable, frozen, batch, *, compiler_options=None, **options):
     """The loss and its gradient with respect to the adapters."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options)
     def f(trainable, frozen):
         return jax.value_and_grad(
             lambda t: next_token_loss(join_trainable(t, frozen), batch, **options)
