@@ -1,6 +1,7 @@
 """Times short programs on a device that never waits for the host."""
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ _CALLS = 192  # that are timed, if so many fit into the programs of one queue
 # JAX lets a device have 32 programs waiting; the host would wait for the next one, and
 # that for the held device.
 _QUEUE = 30
+_LONG = 10e-3  # seconds of programs that need not be more: their results take memory
 
 
 @functools.cache
@@ -65,7 +67,10 @@ def seconds(run: Callable[[], list], calls: int) -> float:
     Programs are queued while the device is held, so that it never waits for the host;
     the time of holding it drops out of the difference between many programs and few.
     """
-    few, more = 2, min(2 + -(-_CALLS // calls), _QUEUE)
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    long_enough = math.ceil(_LONG / (time.perf_counter() - start))
+    few, more = 2, min(2 + -(-_CALLS // calls), 2 + max(long_enough, 4), _QUEUE)
     for ns in (_HELD_NS, 4 * _HELD_NS, 16 * _HELD_NS):
         jax.block_until_ready((_hold(ns)(), run()))
         times = []
