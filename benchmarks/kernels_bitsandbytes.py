@@ -19,6 +19,10 @@ import time
 from collections.abc import Callable
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some
+# Large products by cuBLAS on both sides, as `step_options` asks for in training.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_triton_gemm=false"
+)
 
 import jax
 import jax.numpy as jnp
