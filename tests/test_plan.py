@@ -7,6 +7,7 @@ from flax import nnx
 from benchmarks.models import SHAPES
 from qlora_jax.lora import add_lora
 from qlora_jax.models import Llama, LlamaConfig
+from qlora_jax.optim.pages import PAGE_SIZE
 from qlora_jax.plan import plan_memory
 from qlora_jax.train import TrainConfig
 
@@ -36,6 +37,30 @@ COMPILED = [
 def test_the_plan_is_what_the_compiler_takes(name, train, options, compiled):
     plan = plan_memory(SHAPES[name], train, **options)
     assert plan.device_gb == pytest.approx(compiled, rel=0.03)
+
+
+def test_a_page_of_whole_leaves_is_there_twice_while_it_is_computed():
+    train = dataclasses.replace(SHORT, rank=256, seq_len=128)
+    config = SHAPES["Llama-3-70B"]
+    plan = plan_memory(config, train)
+    # The two moments of a leaf of 28672, old and new. Smaller ones went before; their
+    # gradients, of 4 bytes a number as each moment has, are gone.
+    large = 80 * 256 * 28672
+    sides = [n for shape in config.linear_shapes().values() for n in shape]
+    before = sum(80 * 256 * n for n in sides if n < 28672)
+    assert plan.device["activations, or pages of state"] == 16 * large - 4 * before
+
+
+def test_lean_state_comes_in_slices():
+    train = dataclasses.replace(SHORT, rank=256, seq_len=128)
+    config = SHAPES["Llama-3-70B"]
+    name = "activations, or pages of state"
+    lean = plan_memory(config, train, lean=True)
+    activations = plan_memory(config, train, paged=False).device["activations"]
+    assert lean.device[name] == activations > 2 * PAGE_SIZE
+    # 8-bit optimizers compute over blocks of a leaf, and are not sliced
+    eight = dataclasses.replace(train, algorithm="adamw8bit")
+    assert plan_memory(config, eight, lean=True).device[name] > activations
 
 
 def test_nf4_with_double_quantization_costs_4_127_bits():
