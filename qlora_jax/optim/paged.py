@@ -191,7 +191,7 @@ def paged(
         _check_state(state, shapes, hosted if own_shapes else [False] * len(hosted))
         leaves, treedef = jax.tree.flatten(state)
         cut_updates = cut(updates, rows)
-        cut_params = None if params is None else cut(params, rows)
+        cut_params: Any = None if params is None else cut(params, rows)
         if slice_leaves:
             check_elementwise(
                 lambda u, s, p: inner.update(u, s, p, **extra_args),
