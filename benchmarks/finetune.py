@@ -32,7 +32,8 @@ class Case:
         seq: tokens of a row.
         remat: what the backward recomputes, see `Llama.hidden`.
         unroll: whether layers are compiled one by one.
-        optimizer: "adamw", "paged" or "lean" (paged, with the masters in the state).
+        optimizer: "adamw", "paged" or "lean" (paged in slices, the masters in the
+            state).
         accumulate: in how many parts the rows are computed.
         model: a name in `models.SHAPES`.
         chunk_size: tokens whose logits are in memory at a time.
@@ -96,7 +97,7 @@ def optimizer(name: str):
         case "paged":
             return ql.paged(adamw), jnp.float32
         case "lean":
-            return ql.paged(ql.with_master(adamw)), jnp.bfloat16
+            return ql.paged(ql.with_master(adamw), slice_leaves=True), jnp.bfloat16
     raise ValueError(f"{name!r} must be adamw, paged or lean.")
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from qlora_jax.models import LlamaConfig
-from qlora_jax.optim.pages import LARGE_PAGE, PAGE_SIZE, plan_pages
+from qlora_jax.optim.pages import PAGE_SIZE, plan_pages
 from qlora_jax.quant import FORMATS
 from qlora_jax.train import TrainConfig
 
@@ -76,7 +76,8 @@ def plan_memory(
         dtype: of embeddings, norms and activations.
         paged: optimizer state on the host, as by `paged`; else on the device.
         lean: adapters and gradients in `dtype` and float32 masters in the state, as by
-            `with_master`; else float32 adapters and gradients.
+            `with_master`, and the state of AdamW paged in slices (`slice_leaves`); else
+            float32 adapters and gradients, and their state in pages of whole leaves.
 
     Raises:
         ValueError: if there is no such format, or an adapter of that rank has no place
@@ -209,18 +210,18 @@ def _page_bytes(
 ) -> int:
     """Bytes of state on the device at a time, less gradients that are gone by then.
 
-    Leaves are paged whole, small ones first, and each has its gradient until then.
+    While a page is computed it is there twice, as it was and as it will be. Whole
+    leaves come small ones first, and each has its gradient until then. Of slices each
+    is a page at most, and new parameters take the room of their gradients.
     """
+    if lean and train.algorithm == "adamw":
+        return 2 * PAGE_SIZE
     each = _STATE_BYTES[train.algorithm] + (4 if lean else 0)
-    arrays = 3 if lean else 2
     sides = [side for shape in config.linear_shapes().values() for side in shape]
     leaves = [config.num_layers * train.rank * side for side in sides]
     states = [math.ceil(leaf * each) for leaf in leaves]
-    most, freed, before = 0.0, 0, 0.0
+    most, freed = 0, 0
     for page in plan_pages(states, [], PAGE_SIZE):
-        size = sum(states[i] for i in page.inputs)
-        beside = 0 if size > LARGE_PAGE else before
-        most = max(most, size + beside - freed)
+        most = max(most, 2 * sum(states[i] for i in page.inputs) - freed)
         freed += sum(leaves[i] for i in page.inputs) * adapter_bytes
-        before = states[page.inputs[-1]] / arrays
-    return math.ceil(most)
+    return most

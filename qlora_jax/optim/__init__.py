@@ -9,3 +9,4 @@ from qlora_jax.optim.finite import SkipNonfiniteState as SkipNonfiniteState
 from qlora_jax.optim.finite import skip_nonfinite as skip_nonfinite
 from qlora_jax.optim.master import with_master as with_master
 from qlora_jax.optim.paged import paged as paged
+from qlora_jax.optim.paged import take_step as take_step

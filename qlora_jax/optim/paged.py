@@ -1,5 +1,6 @@
 """Optimizer state in host memory, on the device one page at a time."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,47 @@ from qlora_jax.optim.slices import (
 )
 
 
+class PagedTransformation(optax.GradientTransformationExtraArgs):
+    """What `paged` returns: an optax transformation that can take a whole step as well.
+
+    Attributes:
+        step: (gradients, state, params, **extra) -> new parameters, new state.
+    """
+
+    step: Callable[..., tuple[Any, Any]]
+
+    def __new__(cls, init, update, step):
+        """As of an optax transformation, and `step`."""
+        self = super().__new__(cls, init, update)
+        self.step = step
+        return self
+
+
+def take_step(
+    tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, **extra: Any
+) -> tuple[Any, Any]:
+    """Returns the parameters and the state after a step of an optimizer.
+
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+
+    What `paged` returns computes new parameters page by page as well: with
+    `slice_leaves` no update is in memory but that of a page, and a new parameter takes
+    the room of its gradient.
+
+    Args:
+        tx: any optax transformation.
+        grads: the gradients.
+        state: of `tx.init(params)`.
+        params: the parameters.
+        extra: what `tx.update` takes besides.
+    """
+    if (step := getattr(tx, "step", None)) is not None:
+        return step(grads, state, params, **extra)
+    updates, state = tx.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+
 def paged(
     inner: optax.GradientTransformation,
     *,
@@ -26,7 +68,7 @@ def paged(
     min_size: int = 65_536,
     slice_leaves: bool = False,
     own_shapes: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> PagedTransformation:
     """Keeps the state of an optimizer in host memory, as QLoRA's paged optimizers do.
 
     The state is the inner optimizer's own, with every large leaf in the host's pinned
@@ -139,11 +181,17 @@ def paged(
         return jax.jit(init)(params) if _on_one_device(params) else init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
+        return evaluate(updates, state, params, extra_args, applied=False)
+
+    def step_fn(updates, state, params, **extra_args):
+        return evaluate(updates, state, params, extra_args, applied=True)
+
+    def evaluate(updates, state, params, extra_args, *, applied: bool):
         rows, shapes, hosted = plan(updates if params is None else params)
         _check_state(state, shapes, hosted if own_shapes else [False] * len(hosted))
         leaves, treedef = jax.tree.flatten(state)
         cut_updates = cut(updates, rows)
-        cut_params = None if params is None else cut(params, rows)
+        cut_params: Any = None if params is None else cut(params, rows)
         if slice_leaves:
             check_elementwise(
                 lambda u, s, p: inner.update(u, s, p, **extra_args),
@@ -166,6 +214,8 @@ def paged(
             new_updates, new_state = inner.update(
                 cut_updates, treedef.unflatten(full), cut_params, **extra_args
             )
+            if applied:
+                new_updates = optax.apply_updates(cut_params, new_updates)
             update_leaves, out_tree = jax.tree.flatten(new_updates)
             state_leaves = [
                 x[None] if host and own_shapes else x
@@ -184,6 +234,7 @@ def paged(
                 page_size=page_size,
                 host_outputs=on_host,
                 after=jax.tree.leaves(cut_updates),
+                complete=applied,
             )
         else:
             # Outside of jit the inner optimizer is called as it is: cut in pages, what
@@ -198,7 +249,7 @@ def paged(
             new_updates = join_slices(new_updates, updates)
         return new_updates, new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return PagedTransformation(init_fn, update_fn, step_fn)
 
 
 def _paged_leaves(

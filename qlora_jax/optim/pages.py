@@ -39,6 +39,7 @@ def evaluate_by_page(
     page_size: int,
     host_outputs: Collection[int],
     after: Sequence[jax.Array] = (),
+    complete: bool = False,
 ) -> list[jax.Array]:
     """Returns `fn(*args)`, with at most two pages of `args` on the device at a time.
 
@@ -57,6 +58,9 @@ def evaluate_by_page(
         host_outputs: indices of the outputs that go to host memory.
         after: arrays that `fn` closes over. If it sums up several of them to a number,
             such as a global norm of gradients, no page is fetched before that.
+        complete: whether what a page gives that stays on the device is computed with
+            it. Otherwise the compiler may leave it for later, and keep what it is
+            computed from; but it may also become part of what reads it.
 
     Returns:
         The outputs.
@@ -108,12 +112,13 @@ def evaluate_by_page(
 
     computed: list[jax.Array] = []
     last: list[int] = []  # the outputs of the previous page that go to host memory
+    rest: list[int] = []  # and those that do not, if they are waited for
     for page in pages:
         hosted = [args[i] for i in page.inputs]
         lag = int(sum(x.nbytes for x in hosted) > LARGE_PAGE)
         fetched, written = _exchange(hosted, computed, lag)
-        fetched, written = _barrier(fetched, written)
-        outputs.update(zip(last, written, strict=True))
+        fetched, written = _barrier(fetched, [*written, *(outputs[i] for i in rest)])
+        outputs.update(zip([*last, *rest], written, strict=True))
         mask = sum(1 << i for i in page.inputs)
         variables = [jaxpr.invars[i] for i in page.inputs]
         values = _evaluate(
@@ -128,6 +133,7 @@ def evaluate_by_page(
         )
         outputs.update(zip(page.outputs, values, strict=True))
         last = [i for i in page.outputs if i in host_outputs]
+        rest = [i for i in page.outputs if complete and i not in host_outputs]
         computed = [outputs[i] for i in last]
     outputs.update(zip(last, _exchange([], computed)[1], strict=True))
     return [outputs[i] for i in range(len(jaxpr.outvars))]

@@ -11,6 +11,7 @@ import optax
 from jax import lax
 
 from qlora_jax.lora import join_trainable
+from qlora_jax.optim import take_step
 from qlora_jax.train.loss import next_token_loss_sum
 from qlora_jax.train.neftune import neftune
 
@@ -95,11 +96,13 @@ def make_train_step(
         # A loss that is no number makes the gradient none: see `skip_nonfinite`.
         divisor = jnp.where(jnp.isfinite(loss), count, jnp.nan)
         grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, opt_state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
+        # Gradients are given back as parameters are updated, unless a sum over them is
+        # left to the end.
+        trainable, norm = lax.optimization_barrier((trainable, _norm(grads)))
+        trainable, opt_state = take_step(tx, grads, opt_state, trainable)
         metrics = {
             "loss": loss / count,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "target_tokens": count,
         }
         # Parameters before state: see the note on donation in optim/paged.py.
@@ -135,9 +138,22 @@ def step_options(
         options["xla_gpu_enable_triton_gemm"] = False
     if not tune:
         options["xla_gpu_autotune_level"] = 0
+        # XLA makes one product of small ones of the same x. Their weights are copied
+        # beside each other, for which it transposes the adapters of all layers.
+        options["xla_gpu_dot_merger_threshold_mb"] = 0
     if remat == "offload":
         options["xla_gpu_enable_command_buffer"] = _IN_GRAPHS
     return options
+
+
+def _norm(grads: Any) -> "Float[Array, '']":
+    """The global norm, in float32 at least.
+
+    Of bfloat16 gradients it is then the number that a clip inside `with_master` takes.
+    """
+    return optax.tree.norm(
+        jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
+    )
 
 
 def _split_rows(parts: int, x: "Array") -> "Array":

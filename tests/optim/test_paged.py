@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.optim import adamw8bit, memory, paged, with_master
+from qlora_jax.optim import adamw8bit, memory, paged, take_step, with_master
 from tests.tolerances import ULP_SLICED_OPTIMIZER
 
 PAGE = dict(page_size=2**14, min_size=1000)  # pages of one or two of the leaves below
@@ -32,11 +32,13 @@ def gradients(params, i=0):
     return jax.tree.map(lambda x: jnp.sin(3 * x + i), params)
 
 
-def train(tx, *, steps=3, jit=True, params=None, donate=()):
+def train(tx, *, steps=3, jit=True, params=None, donate=(), whole=False):
     params = make_params() if params is None else params
     state = tx.init(params)
 
     def step(params, state, i):
+        if whole:
+            return take_step(tx, gradients(params, i), state, params)
         updates, state = tx.update(gradients(params, i), state, params)
         return optax.apply_updates(params, updates), state
 
@@ -99,6 +101,18 @@ def test_bit_equal_to_the_inner_optimizer(name):
     assert_same_bits(found, expected)
     large = [x for x in jax.tree.leaves(found[1]) if x.size >= 1000]
     assert len(hosted(found[1])) == len(large) > 0
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_a_whole_step_is_an_update_and_its_application(name):
+    inner = INNER[name]()
+    expected = train(inner, donate=(0, 1))
+    assert_same_bits(train(inner, donate=(0, 1), whole=True), expected)
+    tx = paged(inner, **PAGE)
+    assert_same_bits(train(tx, donate=(0, 1), whole=True), expected)
+    # without its step it is an optax transformation as others are
+    plain = tx._replace(update=tx.update)
+    assert_same_bits(train(plain, donate=(0, 1), whole=True), expected)
 
 
 @pytest.mark.parametrize("name", ["adamw", "clip, adamw", "MultiSteps"])
@@ -224,10 +238,11 @@ def test_no_recompilation_on_the_second_step():
     assert step._cache_size() == 1
 
 
-def test_slices_of_a_leaf_within_two_ulp_a_step():
+@pytest.mark.parametrize("whole", [False, True])
+def test_slices_of_a_leaf_within_two_ulp_a_step(whole):
     inner = optax.adamw(1e-2)
     tx = paged(inner, page_size=2**13, min_size=1000, slice_leaves=True)
-    params, state = train(tx)
+    params, state = train(tx, whole=whole)
     expected, _ = train(inner)
     assert isinstance(state[0].mu["a"], tuple)  # 16 kB of moments, in slices of 8
     assert [x.shape for x in state[0].mu["a"]] == [(32, 32), (32, 32)]
@@ -236,6 +251,25 @@ def test_slices_of_a_leaf_within_two_ulp_a_step():
         np.testing.assert_array_max_ulp(
             np.asarray(a), np.asarray(b), steps * ULP_SLICED_OPTIMIZER
         )
+
+
+def test_masters_in_slices_are_those_of_whole_leaves():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params())
+    grads = gradients(params)  # outside of jit, where they are rounded
+    inner = with_master(optax.adamw(1e-2))
+    sliced = paged(inner, page_size=2**14, min_size=1000, slice_leaves=True)
+
+    def step(tx):
+        taken = jax.jit(lambda g, s, p: take_step(tx, g, s, p))
+        return taken(grads, tx.init(params), params)
+
+    (found, state), (_, expected) = step(sliced), step(inner)
+    assert len(state.master["a"]) == 2  # 24 kB of a master and its moments
+    masters = jnp.concatenate(state.master["a"])
+    np.testing.assert_array_max_ulp(
+        np.asarray(masters), np.asarray(expected.master["a"]), ULP_SLICED_OPTIMIZER
+    )
+    np.testing.assert_array_equal(found["a"], masters.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("name, page_size", [("lamb", 2**13), ("adamw8bit", 2**11)])

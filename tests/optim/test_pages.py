@@ -147,3 +147,28 @@ def test_arrays_of_a_large_page_come_one_behind_those_that_leave(monkeypatch):
     for n in range(3):
         assert set(writes[: n + 1]) <= fetches[3 + n]
         assert not set(writes[n + 1 :]) & fetches[3 + n]
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_what_stays_on_the_device_is_computed_with_its_page(complete):
+    args = host_arrays(4)
+    traced = jax.make_jaxpr(
+        lambda *xs: evaluate_by_page(
+            lambda *ys: [y + 1 for y in ys] + [jnp.sin(y) for y in ys],
+            xs,
+            page_size=1,
+            host_outputs=range(4),
+            complete=complete,
+        )
+    )(*args)
+    after = {}  # variable -> how many sines are computed before it
+    waits = []
+    for eqn in traced.jaxpr.eqns:
+        before = set()
+        for atom in eqn.invars:
+            before |= after.get(atom, set()) if not hasattr(atom, "val") else set()
+        if eqn.primitive.name == "sin":
+            waits.append(len(before))
+            before = before | {len(waits)}
+        after.update(dict.fromkeys(eqn.outvars, before))
+    assert waits == ([0, 1, 2, 3] if complete else [0, 0, 0, 0])
