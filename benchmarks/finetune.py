@@ -12,6 +12,7 @@ benchmarks/results/finetune.json.
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -116,7 +117,6 @@ def flops_a_token(config, rank: int, seq: int) -> float:
 
 def measure(case: Case) -> dict:
     """Runs one case in this process."""
-    import functools
     import time
 
     import jax
@@ -196,6 +196,7 @@ def measure(case: Case) -> dict:
         "step_ms": seconds * 1e3,
         "peak_gb": peaks["steps"],
         "peak_gb_after": peaks,
+        "limit_gb": (device.memory_stats() or {}).get("bytes_limit", 0) / 1e9,
         "compile_s": compile_s,
         "mfu": flops / PEAK_FLOPS.get(device.device_kind, float("nan")),
         "losses": losses,
@@ -230,11 +231,27 @@ def in_process(case: Case, *, memory_cap_gb: float | None = None) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@functools.cache
 def total_gb() -> float:
-    """The memory of the first GPU, in 1e9 bytes."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return float(text.splitlines()[0]) * 2**20 / 1e9
+    """What a fraction of the first GPU's memory is a fraction of, in 1e9 bytes.
+
+    Asked of the allocator itself: nvidia-smi's figure has in it what no program gets.
+    """
+    fraction = 0.5
+    environment = dict(
+        os.environ,
+        XLA_PYTHON_CLIENT_PREALLOCATE="false",
+        XLA_PYTHON_CLIENT_MEM_FRACTION=str(fraction),
+    )
+    code = "import jax; print(jax.devices()[0].memory_stats()['bytes_limit'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.splitlines()[-1]) / fraction / 1e9
 
 
 HEADER = (

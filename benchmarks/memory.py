@@ -113,6 +113,7 @@ def main() -> None:
         for aim, case in chosen:
             print(f"{case.name:<24} {aim:>6.1f} {planned_gb(case):>6.2f}")
         return
+    finetune.total_gb()  # asked once, not by every row
     room = Room(arguments.room or 0.9 * finetune.total_gb())
     rows, path = [], None
     with concurrent.futures.ThreadPoolExecutor(len(chosen)) as pool:
