@@ -71,6 +71,8 @@ class Finetune(TrainConfig):
         rslora: scale adapters by alpha / sqrt(rank).
         dora: train the magnitude of each column too.
         paged: keep the optimizer's state in host memory.
+        lean: adapters and their gradients in bfloat16, float32 masters in the
+            optimizer's state: the least memory, for the largest models.
         samples: held-out rows that are answered before, at evaluations and after.
         sample_tokens: most tokens of such an answer.
         mmlu: a file of MMLU questions; accuracy on them joins each evaluation.
@@ -107,6 +109,7 @@ class Finetune(TrainConfig):
     rslora: bool = False
     dora: bool = False
     paged: bool = True
+    lean: bool = False
     samples: int = 2
     sample_tokens: int = 64
     mmlu: str | None = None
@@ -130,6 +133,11 @@ class Finetune(TrainConfig):
             raise ValueError(
                 f"epochs={self.epochs} and samples={self.samples} must not be "
                 f"negative, sample_tokens={self.sample_tokens} at least 1."
+            )
+        if self.lean and self.ema:
+            raise ValueError(
+                f"ema={self.ema} keeps a running mean of the adapters, which lean=True "
+                "has in bfloat16, where it would stand still: give one of them."
             )
         by_pattern("rank_pattern", self.rank_pattern, int)
         by_pattern("alpha_pattern", self.alpha_pattern, float)
@@ -173,7 +181,7 @@ _GROUPS = {
         "algorithm", "b1", "b2", "weight_decay", "lora_plus", "max_grad_norm",
         "neftune_alpha", "ema", "seed",
     ),
-    "memory": ("accumulate", "paged", "remat", "unroll", "chunk_size"),
+    "memory": ("accumulate", "paged", "lean", "remat", "unroll", "chunk_size"),
     "evaluation": (
         "eval_every", "patience", "samples", "sample_tokens", "mmlu", "mmlu_shots",
         "mmlu_limit",
@@ -295,9 +303,11 @@ def finetune(args: Finetune) -> None:
         dora=args.dora,
         init=args.init,
         quantize=args.quantize if _changes_base(args) else None,
+        dtype=_trained_dtype(args),
     )
     if args.train_rows:
-        model = lora.train_rows(model, {"embed$": args.train_rows})
+        rows = {"embed$": args.train_rows}
+        model = lora.train_rows(model, rows, dtype=_trained_dtype(args))
     trainable, _ = ql.split_trainable(model, also=args.also)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
     beside = f", and {args.also}" if args.also else ""
@@ -313,12 +323,11 @@ def finetune(args: Finetune) -> None:
         run.record(**before)
     if "eval_loss" in before:
         print(f"Held-out loss before: {before['eval_loss']:.3f}")
-    tx = config.optimizer()
     model = ql.fit(
         model,
         prepared.train,
         config,
-        ql.paged(tx) if args.paged else tx,
+        _optimizer(args, config),
         run=run,
         callbacks=[ProgressBar(), SaveBest(run.folder / "best", args.model, whole)],
         evaluate=evaluate if config.eval_every else None,
@@ -341,6 +350,25 @@ def _save_adapter(
             f"The adapter could not be written into {folder}: "
             f"{error.strerror or error}. When that is mended, the same command goes on."
         ) from None
+
+
+def _trained_dtype(args: Finetune) -> Any:
+    import jax.numpy as jnp
+
+    return jnp.bfloat16 if args.lean else jnp.float32
+
+
+def _optimizer(args: Finetune, config: TrainConfig) -> Any:
+    import qlora_jax as ql
+
+    tx = config.optimizer()
+    if args.lean:
+        tx = ql.with_master(tx)
+    if not args.paged:
+        return tx
+    # Half the gradients leave half the room for pages, so that those are slices; 8-bit
+    # states have blocks, which cannot be cut.
+    return ql.paged(tx, slice_leaves=args.lean and config.algorithm == "adamw")
 
 
 def _changes_base(args: Finetune) -> bool:

@@ -30,7 +30,9 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
         raise ValueError(f"{ratio=} must be positive; 1 leaves the updates alone.")
 
     def faster(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        name = leaf_path(path).rsplit("/", 1)[-1]
+        # A slice of a matrix, which `paged` may have cut, has a number as its name.
+        names = reversed(leaf_path(path).split("/"))
+        name = next((n for n in names if not n.isdigit()), "")
         return update * ratio if name in ("b", "magnitude") else update
 
     return optax.stateless(

@@ -3,14 +3,18 @@ import json
 import re
 import signal
 
+import ml_dtypes
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from qlora_jax.callbacks import ProgressBar
 from qlora_jax.cli.finetune import _GROUPS, Finetune, options
 from qlora_jax.cli.main import main
 from qlora_jax.cli.presets import PRESETS
 from tests.interop.folders import write_folder
+from tests.tolerances import LEAN_LOSS
 
 # Runs are held to runs of the same programs, bit for bit.
 pytestmark = [pytest.mark.unoptimized, pytest.mark.usefixtures("compiled_once")]
@@ -55,6 +59,18 @@ def adapter(folder, name="adapter"):
     return (folder / name / "adapter_model.safetensors").read_bytes()
 
 
+def stop_after(number, patch):
+    """Has the run stopped by a signal after that step."""
+    step = ProgressBar.step
+
+    def stop(self, report):
+        step(self, report)
+        if report.step == number:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(ProgressBar, "step", stop)
+
+
 def lines_of(folder):
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n")[:-1]]
@@ -89,15 +105,8 @@ def test_stopped_by_a_signal_the_same_command_goes_on(
 ):
     out = place / "stopped"
     command = ["finetune", str(place / "config.yaml"), "--out", str(out)]
-    step = ProgressBar.step
-
-    def stop(self, report):
-        step(self, report)
-        if report.step == 4:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(ProgressBar, "step", stop)
+        stop_after(4, patch)
         assert main(command) == 0
     said = capsys.readouterr().out
     assert "Stopped by SIGTERM after 4 steps; all is saved." in said
@@ -108,6 +117,23 @@ def test_stopped_by_a_signal_the_same_command_goes_on(
     # Once more: there is nothing to do, and nothing is done.
     assert main(command) == 0
     assert "is finished: 6 steps" in capsys.readouterr().out
+
+
+def test_lean_adapters_learn_alike_and_go_on_alike(place, finished, monkeypatch):
+    config, whole, parts = str(place / "config.yaml"), place / "lean", place / "parts"
+    assert main(["finetune", config, "--out", str(whole), "--lean"]) == 0
+    written = load_file(whole / "adapter" / "adapter_model.safetensors")
+    for x in written.values():  # in float32, numbers of bfloat16
+        np.testing.assert_array_equal(x, x.astype(ml_dtypes.bfloat16).astype(x.dtype))
+    loss, plain = (lines_of(f)[-1]["eval_loss_after"] for f in (whole, finished))
+    assert loss == pytest.approx(plain, rel=LEAN_LOSS)
+
+    command = ["finetune", config, "--out", str(parts), "--lean"]
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        assert main(command) == 0
+    assert main(command) == 0
+    assert adapter(parts) == adapter(whole)
 
 
 def test_a_finished_run_may_be_made_longer(place, finished, capsys):
@@ -151,6 +177,7 @@ def test_what_is_wrong_is_said_in_one_line(place, finished, capsys, tmp_path):
         ([config, "--eval-size", "0"], "asks for evaluations: give --eval-size"),
         ([config, "--data", "absent.jsonl"], "There is no data file absent.jsonl"),
         ([config, "--model", "absent"], "There is no model at absent"),
+        ([config, "--lean", "--ema", "0.9"], "ema=0.9 keeps a running mean of the"),
         ([config, "--lora-plus", "-1"], "lora_plus=-1.0 must be positive"),
     ]:
         if "--out" not in arguments and arguments[:1] == [config]:
