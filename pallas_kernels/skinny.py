@@ -6,17 +6,18 @@ features, 64 for each of four warpgroups:
 
 * wgmma's first operand is the decoded weight, from registers; its second is x in shared
   memory. So yᵀ is accumulated, and x may have 8, 16, ... 128 rows.
-* Two warps of a fifth warpgroup keep two rings full by TMA: tiles of x of 64 columns,
-  and codes of 256 columns of all features. Nothing but these copies, one table look-up
+* Two warps of one more warpgroup keep two rings full by TMA: tiles of x of 128 columns,
+  and codes of 256 columns of all features. Little but these copies, one table look-up
   for two weights and wgmma itself goes through shared memory, which bounds the kernel.
 * wgmma wants pairs of neighbouring columns, bytes of codes, in neighbouring lanes. A
   lane loads 16 bytes of one row, and the four lanes of a quad give each other theirs:
   4 x 4 bytes are transposed in registers, and three words change places.
 * Every byte is looked up in a table of pairs of which each lane has a copy in its own
   bank of shared memory, as in `matvec`, and multiplied by the scale in 16 bits.
-* Tiles are laid end to end and cut into as many runs as there are multiprocessors, all
-  of a length. Parts of a tile meet in device memory, always in the same order: results
-  are deterministic.
+* Tiles are laid end to end and cut into as many runs as there are multiprocessors, so
+  that all end together. Parts of a tile meet in device memory, always in the same
+  order: results are deterministic. A third warp tells that a part is there, and brings
+  one to shared memory before it is needed.
 
 Here are the op and its checks; `skinny_plan` says how the work is cut, `skinny_body`
 what a thread does.
@@ -33,19 +34,18 @@ from pallas_kernels import few_rows, tuning
 from pallas_kernels.matvec_plan import BLOCK, TABLE_BYTES
 from pallas_kernels.packed import PackedSpec, PackedWeight
 from pallas_kernels.skinny_body import Body
-from pallas_kernels.skinny_plan import Cut, SkinnyPlan
+from pallas_kernels.skinny_plan import SMEM_BYTES, Cut, SkinnyPlan
 
 MAX_M = 128
-_SMEM_BYTES = 226 * 1024
 
 
 def candidate_cuts(m: int) -> list[Cut]:
     """Cuts for so many rows, the likely fastest first; not all of them fit."""
     if m <= 32:
-        return [Cut(4, 8), Cut(4, 8, 4)]
+        return [Cut(4, 4, lead=1), Cut(4, 4), Cut(4, 4, 3), Cut(3, 4, lead=1)]
     if m <= 64:
-        return [Cut(3, 8), Cut(3, 8, 4), Cut(4, 8), Cut(4, 8, 3), Cut(2, 8, 6)]
-    return [Cut(3, 5), Cut(2, 4, 6), Cut(3, 4, 4)]
+        return [Cut(3, 4, lead=2), Cut(3, 4), Cut(3, 3, 3, lead=2), Cut(4, 4, lead=1)]
+    return [Cut(3, 2, lead=1), Cut(3, 2), Cut(2, 3, lead=1)]
 
 
 def make_plan(
@@ -69,7 +69,7 @@ def make_plan(
         plan = SkinnyPlan(
             m, n, k, name, nested, candidate, 1, spec.block_size, spec.codebook
         )
-        if plan.total_smem_bytes <= _SMEM_BYTES:
+        if plan.total_smem_bytes <= SMEM_BYTES:
             grid = min(tuning.multiprocessors(), plan.units)
             return dataclasses.replace(plan, grid=grid)
     raise NotImplementedError(f"{m=} rows of x do not fit {cut or 'here'}.")

@@ -9,6 +9,7 @@ from pallas_kernels.matvec_plan import BLOCK, CHUNK, CHUNK_BYTES, TABLE_BYTES, P
 FEATURES = 64
 STEPS = CHUNK // BLOCK
 REGISTERS = 65536
+SMEM_BYTES = 226 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,19 +18,29 @@ class Cut:
 
     Attributes:
         consumers: warpgroups that decode and multiply, 64 features each.
-        stages: tiles of x, 64 columns each, in shared memory.
+        stages: tiles of x in shared memory.
         slots: chunks of codes, 256 columns of all features, in shared memory.
+        x_steps: steps of 64 columns of a tile of x.
+        lead: halves of units that a run has more of if a tile ends inside of it; the
+            others leave their part, for which its owner waits, so much earlier.
     """
 
     consumers: int = 4
-    stages: int = 8
+    stages: int = 4
     slots: int = 2
+    x_steps: int = 2
+    lead: int = 0
+    at_once: int = 1
+    x_at_once: int = 4
+    group: bool = True
 
     def __post_init__(self):
         if not 2 <= self.consumers <= 4:
             raise ValueError(f"{self} must have 2 to 4 consumers.")
         if self.stages < 2 or self.slots < 2:
             raise ValueError(f"{self} must have 2 stages and 2 slots at least.")
+        if not 0 <= self.lead <= 4:
+            raise ValueError(f"{self} must have a lead of 0 to 4.")
 
     @property
     def workers(self) -> int:
@@ -89,11 +100,28 @@ class SkinnyPlan(Problem):
         """Chunks of all tiles."""
         return self.tiles * self.chunks
 
+    @property
+    def halves(self) -> int:
+        """Halves of units, which is where runs may be cut."""
+        return 2 * self.units
+
+    @property
+    def cuts(self) -> int:
+        """Places in a tile where a run may begin: all but some at its end."""
+        length, run = 2 * self.chunks, self.halves // self.grid
+        # Of shorter runs hardly any ends its tile; of longer ones all do.
+        return length - (self.cut.lead if run < length <= 3 * run else 0)
+
+    def first(self, block: Any) -> Any:
+        """Where the run of a block of threads begins, in halves of units."""
+        place = block * (self.tiles * self.cuts) // self.grid
+        return place + place // self.cuts * (2 * self.chunks - self.cuts)
+
     def sharers(self, tile: Any) -> tuple[Any, Any]:
         """The first and the last block of threads that have units of a tile."""
-        begin = tile * self.chunks
-        owner = ((begin + 1) * self.grid - 1) // self.units
-        last = ((begin + self.chunks) * self.grid - 1) // self.units
+        begin, all_cuts = tile * self.cuts, self.tiles * self.cuts
+        owner = ((begin + 1) * self.grid - 1) // all_cuts
+        last = ((begin + self.cuts) * self.grid - 1) // all_cuts
         return owner, last
 
     @property
@@ -102,14 +130,44 @@ class SkinnyPlan(Problem):
         return self.features * self.rows
 
     @property
+    def part_bytes(self) -> int:
+        """The same in bytes: pieces of four sums of each thread that multiplies."""
+        return 4 * self.part_floats
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of such a piece."""
+        return 16 * self.cut.workers
+
+    @property
     def num_counters(self) -> int:
-        """Counters of parts that were left: one for each warp and tile."""
-        return self.tiles * (self.cut.workers // 32)
+        """Counters of parts that were left: one for each warp of each block."""
+        return self.grid * (self.cut.workers // 32)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether there is room in shared memory for a part of another block."""
+        cut = self.cut
+        size = cut.stages * cut.x_steps * self.x_bytes + cut.slots * self.slot_bytes
+        return TABLE_BYTES + size + self.part_bytes + 1024 <= SMEM_BYTES
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether there are registers for two parts of other blocks."""
+        return self.rows <= 64
 
     @property
     def num_scales(self) -> int:
         """Scales of one weight."""
         return -(-self.n * self.k // self.block_size)
+
+    @property
+    def scale_units(self) -> int:
+        """Units of which a lane's row reads the scales at once, in whole words."""
+        nested, four = self.nested_block_size, 4 * STEPS
+        together = nested is not None and self.block_size == BLOCK
+        together = together and nested % four == 0 and self.k % (four * BLOCK) == 0
+        return 4 if together and self.cut.group else 1
 
     # Shared memory: the table of pairs, then the following.
 
@@ -128,12 +186,15 @@ class SkinnyPlan(Problem):
         """Where each part begins; "end" is the size of all."""
         cut = self.cut
         sizes = {
-            "x": cut.stages * self.x_bytes,
+            "x": cut.stages * cut.x_steps * self.x_bytes,
             "codes": cut.slots * self.slot_bytes,
+            "part": self.part_bytes if self.fetches else 0,
             "x full": 8 * cut.stages,
             "x empty": 8 * cut.stages,
             "codes full": 8 * cut.slots,
             "codes empty": 8 * cut.slots,
+            "part full": 8,
+            "left": 8,
         }
         offsets, at = {}, 0
         for name, size in sizes.items():

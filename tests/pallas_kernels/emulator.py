@@ -47,6 +47,7 @@ class Emulator:
         self.waits: dict[int, int] = {}
         self.turns: Turns | None = None
         self.counted: dict[int, list[int]] = {}  # mbarriers: arrivals, left, phases
+        self.expected: dict[int, int] = {}  # mbarriers: bytes that have not come
         self.products: list[Any] = []  # of groups under way: addresses, bytes
         self.started: list[Any] = []
         self.mask = np.ones(threads, bool)
@@ -206,7 +207,8 @@ class Emulator:
         else:
             copy(when & self.mask)
         if self.turns:
-            self._count(barrier.value, when & self.mask)
+            mine, size = when & self.mask, shape[0] * shape[1] * ref.item_bytes
+            self._arrive_bytes(barrier.value, mine, size)
 
     # Memory.
 
@@ -277,8 +279,7 @@ class Emulator:
                 continue
             mask = self.mask
             if match := re.match(r"@(!?)(\w+)\s+", statement):
-                # Only the outcome of a wait is not set here: it has happened.
-                predicate = predicates.get(match[2], np.ones(self.threads, bool))
+                predicate = predicates[match[2]]
                 mask = mask & (~predicate if match[1] else predicate)
                 statement = statement[match.end() :]
             opcode, _, rest = statement.partition(" ")
@@ -294,10 +295,24 @@ class Emulator:
         """One instruction."""
         kind = op[0]
         if op[0] == "mbarrier" and op[1] in ("try_wait", "test_wait"):
+            barrier, parity = read(operands[1].strip("[]")), read(operands[2])
             wait = self._wait_counted if self.turns else self._wait
-            wait(read(operands[1].strip("[]")), read(operands[2]), mask)
+            if not mask.any():
+                return
+            over = True
+            if self.turns and op[1] == "test_wait":  # one that does not wait
+                phase = self.counted[barrier[mask][0]][2]
+                over = phase % 2 != parity[mask][0]
+            if over:
+                wait(barrier, parity, mask)
+            before = predicates.get(operands[0], np.ones(self.threads, bool))
+            predicates[operands[0]] = np.where(mask, over, before)
         elif kind == "mbarrier" and op[1] == "init":
             self._count(self._address(operands[0], read), mask, int(operands[1]))
+        elif op[:3] == ["mbarrier", "arrive", "expect_tx"]:
+            sizes = read(operands[2])[mask].tolist()
+            where = self._address(operands[1], read)[mask].tolist()
+            self.expected.update(zip(where, sizes, strict=True))
         elif op[:3] == ["mbarrier", "arrive", "shared::cta"]:
             self._count(self._address(operands[1], read), mask)
         elif kind == "bra":
@@ -308,6 +323,8 @@ class Emulator:
             pass
         elif kind == "red":
             self._reduce(operands, mask, read)
+        elif op[:3] == ["cp", "async", "bulk"]:
+            self._copy_bulk(operands, mask, read)
         elif op[:2] == ["cp", "async"]:
             self._copy_async(op, operands, mask, read)
         elif kind in ("ld", "st"):
@@ -488,6 +505,23 @@ class Emulator:
             else:
                 copy(everyone)
 
+    def _copy_bulk(self, operands, mask, read):
+        """A copy on end to shared memory, which a counting mbarrier waits for."""
+        target, source = (self._address(o, read) for o in operands[:2])
+        barrier, size = read(operands[3].strip("[]")), int(operands[2])
+
+        def copy(threads):
+            for thread in np.flatnonzero(threads):
+                assert target[thread] % 16 == source[thread] % 16 == 0, "misaligned"
+                data = self._read(source[thread], size)
+                self._write(target[thread], data)
+
+        if self.lazy:
+            self.announced.append([barrier, mask.copy(), [copy]])
+        else:
+            copy(mask)
+        self._arrive_bytes(barrier, mask, size)
+
     def _reduce(self, operands, mask, read):
         """Adds to words of memory, thread after thread."""
         address, more = read(operands[0].strip("[]")), read(operands[1])
@@ -516,6 +550,14 @@ class Emulator:
             self.turns.idle = 0
             if self.lazy:
                 self.turns.give()
+
+    def _arrive_bytes(self, barrier, mask, size: int):
+        """Counts an arrival when all bytes that were announced at it have come."""
+        for address in barrier[mask].tolist():
+            self.expected[address] -= size
+            assert self.expected[address] >= 0, "more bytes than announced"
+            if not self.expected[address]:
+                self._count(np.array([address]), np.array([True]))
 
     def _wait_counted(self, barrier, parity, mask):
         """Lets others run until the phase of that parity is over."""

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import emit, skinny, skinny_body
+from pallas_kernels import (
+    emit,
+    skinny,
+    skinny_body,
+    skinny_copies,
+    skinny_operand,
+    skinny_parts,
+    skinny_thread,
+)
 from pallas_kernels.matvec_plan import TABLE_BYTES
 from pallas_kernels.packed import PackedWeight
 from pallas_kernels.skinny_plan import Cut
@@ -19,6 +27,8 @@ from tests.pallas_kernels.test_matvec import (
     relative_error,
 )
 from tests.tolerances import MATMUL_RELATIVE
+
+MODULES = skinny_body, skinny_copies, skinny_operand, skinny_parts, skinny_thread
 
 
 def emulate(monkeypatch, x, packed, spec, cut=None, grid=2, lazy=False):
@@ -43,7 +53,8 @@ def emulate(monkeypatch, x, packed, spec, cut=None, grid=2, lazy=False):
     shared = {"smem": plan.smem_offsets["end"], "table_smem": TABLE_BYTES}
     for block in reversed(range(plan.grid)):
         emulator = Emulator(plan.cut.threads, block, {**shared, **memory}, lazy)
-        monkeypatch.setattr(skinny_body, "emit", emulator)
+        for module in MODULES:
+            monkeypatch.setattr(module, "emit", emulator)
         monkeypatch.setattr(emit, "ptx", emulator.ptx)
         skinny_body.Body(plan, None, emulator.refs).run()
         for name in ("y", "parts", "counters"):
@@ -60,8 +71,12 @@ def emulate(monkeypatch, x, packed, spec, cut=None, grid=2, lazy=False):
         (5, 192, 768, Cut(2, 4, 2), 3),  # runs that begin and end inside of tiles
         (33, 256, 1088, Cut(2, 3, 3), 5),  # tiles of several runs, a short chunk
         (64, 80, 512, Cut(2, 4, 2), 2),  # the last rows fill no tile
-        (100, 64, 320, Cut(2, 5, 2), 1),
+        (100, 64, 320, Cut(2, 3, 2), 1),
         (24, 320, 1024, Cut(4, 6, 2), 3),
+        (40, 192, 1024, Cut(2, 3, 2, lead=3), 3),
+        (16, 200, 2048, Cut(2, 3, 2), 5),  # scales of several units at once
+        (72, 128, 1024, Cut(2, 3, 2), 4),  # parts that are not read ahead
+        (104, 128, 1024, Cut(2, 3, 3), 4),  # nor fetched: there is no room
     ],
 )
 @pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
@@ -145,6 +160,7 @@ def test_what_it_cannot_is_said(m, change, message):
         ((5, 8, 2), "must have 2 to 4 consumers"),
         ((4, 1, 2), "must have 2 stages and 2 slots"),
         ((4, 8, 1), "must have 2 stages and 2 slots"),
+        ((4, 4, 2, 2, 5), "must have a lead of 0 to 4"),
     ],
 )
 def test_a_cut_has_room(cut, message):
@@ -161,20 +177,22 @@ def test_registers_are_those_that_the_block_has(consumers):
     assert many % 8 == 0 and many >= at_start
 
 
+@pytest.mark.parametrize("lead", [0, 1, 4])
 @pytest.mark.parametrize("n, k", [(14336, 4096), (13824, 5120), (320, 1088)])
-def test_every_part_is_left_once_and_has_an_owner(n, k):
+def test_every_part_is_left_once_and_has_an_owner(n, k, lead):
     packed, spec = make_weight(n, k)
-    plan = skinny.make_plan(64, jnp.bfloat16, packed, spec, None)
+    plan = skinny.make_plan(64, jnp.bfloat16, packed, spec, Cut(3, lead=lead))
     parts = set()
     for block in range(plan.grid):
-        first, end = (b * plan.units // plan.grid for b in (block, block + 1))
-        for tile in range(first // plan.chunks, (end - 1) // plan.chunks + 1):
+        first, end = plan.first(block), plan.first(block + 1)
+        length = 2 * plan.chunks
+        for tile in range(first // length, (end - 1) // length + 1):
             owner, last = plan.sharers(tile)
             assert owner <= block <= last
-            assert (first <= tile * plan.chunks) == (owner == block)
+            assert (first <= tile * length) == (owner == block)
             if owner < block:
                 parts.add(block)
-                assert tile == first // plan.chunks  # its first tile: one part a block
+                assert tile == first // length  # its first tile: one part a block
     assert len(parts) == sum(
         last - owner for owner, last in map(plan.sharers, range(plan.tiles))
     )
