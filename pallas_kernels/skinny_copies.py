@@ -110,11 +110,11 @@ class Copies(Thread):
             return [v.value for v in self.turn(stage, parity, stages)]
 
         waits, early = at_once < stages, total.min(stages)
-        at_once = total.min(min(at_once, stages))
-        emit.loop(zero, at_once, one, [], first)
+        begun = total.min(min(at_once, stages))
+        emit.loop(zero, begun, one, [], first)
         emit.barrier()
         if waits:
             # What is needed first is not to share the way with what is needed later.
             self.wait(f"{name} full", zero, zero)
-            emit.loop(at_once, early, one, [], first)
+            emit.loop(begun, early, one, [], first)
         emit.loop(early, total, one, [zero.value, zero.value], later)

@@ -164,10 +164,10 @@ class SkinnyPlan(Problem):
     @property
     def scale_units(self) -> int:
         """Units of which a lane's row reads the scales at once, in whole words."""
-        nested, four = self.nested_block_size, 4 * STEPS
-        together = nested is not None and self.block_size == BLOCK
-        together = together and nested % four == 0 and self.k % (four * BLOCK) == 0
-        return 4 if together and self.cut.group else 1
+        nested, blocks = self.nested_block_size, 4 * STEPS
+        if nested is None or nested % blocks or self.block_size != BLOCK:
+            return 1
+        return 4 if self.k % (blocks * BLOCK) == 0 and self.cut.group else 1
 
     # Shared memory: the table of pairs, then the following.
 
