@@ -31,6 +31,16 @@ from tests.tolerances import MATMUL_RELATIVE
 MODULES = skinny_body, skinny_copies, skinny_operand, skinny_parts, skinny_thread
 
 
+class Announcing(Emulator):
+    """An emulator in which nothing is announced before it is there."""
+
+    def _reduce(self, operands, mask, read):
+        super()._reduce(operands, mask, read)
+        parts = self.refs["parts"]
+        part = parts.bytes.view(np.float32).reshape(parts.shape)[self.block]
+        assert not np.isnan(part).any(), "a part that has not been left"
+
+
 def emulate(monkeypatch, x, packed, spec, cut=None, grid=2, lazy=False):
     """`skinny.matmul` block by block on numpy: who leaves parts before who collects."""
     plan = skinny.make_plan(x.shape[0], x.dtype, packed, spec, cut)
@@ -52,7 +62,7 @@ def emulate(monkeypatch, x, packed, spec, cut=None, grid=2, lazy=False):
         memory["nested_codebook"] = memory["nested_codebook"].astype(np.float32)
     shared = {"smem": plan.smem_offsets["end"], "table_smem": TABLE_BYTES}
     for block in reversed(range(plan.grid)):
-        emulator = Emulator(plan.cut.threads, block, {**shared, **memory}, lazy)
+        emulator = Announcing(plan.cut.threads, block, {**shared, **memory}, lazy)
         for module in MODULES:
             monkeypatch.setattr(module, "emit", emulator)
         monkeypatch.setattr(emit, "ptx", emulator.ptx)
@@ -75,6 +85,7 @@ def emulate(monkeypatch, x, packed, spec, cut=None, grid=2, lazy=False):
         (24, 320, 1024, Cut(4, 6, 2), 3),
         (40, 192, 1024, Cut(2, 3, 2, lead=3), 3),
         (16, 200, 2048, Cut(2, 3, 2), 5),  # scales of several units at once
+        (8, 64, 4096, Cut(2, 3, 2), 1),  # and several times
         (72, 128, 1024, Cut(2, 3, 2), 4),  # parts that are not read ahead
         (104, 128, 1024, Cut(2, 3, 3), 4),  # nor fetched: there is no room
     ],
@@ -175,6 +186,24 @@ def test_registers_are_those_that_the_block_has(consumers):
     at_start = 65536 // cut.threads // 8 * 8
     assert many * cut.workers + few * 128 <= at_start * cut.threads
     assert many % 8 == 0 and many >= at_start
+
+
+@pytest.mark.parametrize("n, k, leads", [(14336, 4096, True), (28672, 8192, False)])
+def test_runs_that_end_a_tile_are_longer(n, k, leads):
+    packed, spec = make_weight(16, 64)
+    spec = dataclasses.replace(spec, n=n, k=k)
+    plan = skinny.make_plan(64, jnp.bfloat16, packed, spec, Cut(3, lead=2))
+    plan = dataclasses.replace(plan, grid=132)
+    starts = np.array([plan.first(block) for block in range(133)])
+    assert (starts[0], starts[-1]) == (0, plan.halves)
+    tile, lengths = starts // (2 * plan.chunks), np.diff(starts)
+    ends = (tile[:-1] < tile[1:]) & (starts[1:] % (2 * plan.chunks) > 0)
+    if leads:
+        inside = lengths[~ends & (starts[:-1] % (2 * plan.chunks) > 0)]
+        assert lengths[ends].min() > inside.min()
+        assert lengths[ends].mean() - inside.mean() == pytest.approx(2, abs=0.5)
+    else:  # every run ends a tile
+        assert lengths.max() - lengths.min() <= 1
 
 
 @pytest.mark.parametrize("lead", [0, 1, 4])
