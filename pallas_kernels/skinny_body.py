@@ -8,7 +8,7 @@ from pallas_kernels import emit
 from pallas_kernels.skinny_copies import Copies
 from pallas_kernels.skinny_operand import Operand
 from pallas_kernels.skinny_parts import Parts
-from pallas_kernels.skinny_plan import STEPS
+from pallas_kernels.skinny_plan import HALF, STEPS
 
 # Registers of a lane in wgmma's first operand of a step.
 OPERAND = 16
@@ -49,7 +49,7 @@ class Body(Copies, Operand, Parts):
         emit.barrier()
         self.find_codes()
         self.wait("codes full", zero, zero)
-        step = self.first % 2 * (STEPS // 2)
+        step = self.first % 2 * HALF
         codes = self.load_codes(zero, step)
         codes = self.receive(self.send(codes)) + self.load_codes(zero, step + 1)
         scales = self.decode_scales(words, self.first // 2)
@@ -100,7 +100,7 @@ class Body(Copies, Operand, Parts):
                 it has read of the second, scales of the first step and of the unit, and
                 what was read of those of the next.
         """
-        plan, cut, each = self.plan, self.plan.cut, self.plan.cut.x_steps
+        plan, cut = self.plan, self.plan.cut
         count = plan.rows // 2
         sums, state = state[:count], state[count:]
         stage, parity, slot, slot_parity = map(emit.Int, state[:4])
@@ -108,8 +108,8 @@ class Body(Copies, Operand, Parts):
         codes, coming, state = state[:4], state[4:8], state[8:]
         scale, scales, words = state[0], state[1], state[2:]
         leader, later = self.lane == 0, first < unit * 2 + halves[0]
-        begin, always = halves[0] * (STEPS // 2), emit.const(1).value
-        for step in range(begin, (halves[-1] + 1) * (STEPS // 2)):
+        begin, always = halves[0] * HALF, emit.const(1).value
+        for step in range(begin, (halves[-1] + 1) * HALF):
             # The product of the step before is under way. What the next step will
             # need is sent before the look-ups of this one, and taken after them.
             if step == STEPS - 1:
@@ -117,7 +117,7 @@ class Body(Copies, Operand, Parts):
             next_scale = self.scale_of(scales, (step + 1) % STEPS)
             sent = self.send(coming)
             has_x = has_codes = None
-            if step % each == 0:
+            if step % HALF == 0:
                 has_x = self.test("x full", stage, parity, always)
             if step == STEPS - 2:
                 emit.ptx("bar.warp.sync -1;")  # all lanes have read the slot
@@ -130,11 +130,11 @@ class Body(Copies, Operand, Parts):
             if step == STEPS - 2:
                 self.wait_unless(has_codes, "codes full", slot, slot_parity)
             coming = self.load_codes(slot, (step + 2) % STEPS)
-            if step % each == 0:
+            if step % HALF == 0:
                 self.wait_unless(has_x, "x full", stage, parity)
             a = emit.wgmma_fence(a)
-            tile = self.at["x"] + stage * (each * plan.x_bytes)
-            tile = emit.tile_descriptor(tile + step % each * plan.x_bytes)
+            tile = self.at["x"] + stage * plan.x_bytes
+            tile = emit.tile_descriptor(tile + step % HALF * (plan.x_bytes // HALF))
             adds = emit.Int(emit.bit(later)) if step == begin else emit.const(1)
             for j in range(4):
                 here = a[4 * j : 4 * j + 4]
@@ -143,11 +143,11 @@ class Body(Copies, Operand, Parts):
             emit.wgmma_commit()
             emit.wgmma_wait(1, used)
             used = a
-            if step % each == 0:
+            if step % HALF == 0:
                 speaks = self.speaks
                 speaks = emit.both(speaks, later) if step == begin else speaks
                 self.give_back(stage, speaks)
-            if step % each == each - 1:
+            if step % HALF == HALF - 1:
                 stage, parity = self.turn(stage, parity, cut.stages)
         numbers = [v.value for v in (stage, parity, slot, slot_parity)]
         return [*sums, *numbers, *used, *codes, *coming, scale, scales, *words]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from pallas_kernels import emit
 from pallas_kernels.matvec_plan import BLOCK, CHUNK_BYTES
-from pallas_kernels.skinny_plan import STEPS
+from pallas_kernels.skinny_plan import HALF
 from pallas_kernels.skinny_thread import Thread
 
 
@@ -12,26 +12,17 @@ class Copies(Thread):
     """The work of the two warps that keep rings in shared memory full."""
 
     def bring_x(self):
-        """Copies x, tile after tile: some columns of all rows."""
-        plan, each = self.plan, self.plan.cut.x_steps
-        start = self.first % (2 * plan.chunks) * (STEPS // 2)
+        """Copies x, 128 columns of all rows after the other."""
+        plan = self.plan
+        start = self.first % (2 * plan.chunks)
 
         def windows(i: emit.Int):
-            block = (start + i * each) % (plan.chunks * STEPS)
+            block = (start + i) % (2 * plan.chunks) * HALF
             zero, shape = emit.const(0), (plan.rows, BLOCK)
-            return [(zero, zero, (block + j) * BLOCK, shape) for j in range(each)]
+            return [(zero, zero, (block + j) * BLOCK, shape) for j in range(HALF)]
 
-        tiles = (self.end - self.first) * (STEPS // 2 // each)
-        readers = plan.cut.consumers
-        self.bring(
-            "x",
-            plan.cut.stages,
-            plan.x_bytes,
-            readers,
-            tiles,
-            windows,
-            plan.cut.x_at_once,
-        )
+        tiles, stages = self.end - self.first, plan.cut.stages
+        self.bring("x", stages, stages, plan.cut.consumers, tiles, windows)
 
     def bring_codes(self):
         """Copies codes, 256 columns of a tile's features after the other."""
@@ -44,37 +35,27 @@ class Copies(Thread):
             return [(self.layer, row, column, (plan.features, CHUNK_BYTES))]
 
         units, warps = self.end_unit - self.first // 2, plan.cut.workers // 32
-        self.bring(
-            "codes",
-            plan.cut.slots,
-            plan.slot_bytes,
-            warps,
-            units,
-            windows,
-            plan.cut.at_once,
-        )
+        self.bring("codes", plan.cut.slots, 1, warps, units, windows)
 
     def bring(
         self,
         name: str,
         stages: int,
-        size: int,
+        at_once: int,
         readers: int,
         total: emit.Int,
         windows: Callable,
-        at_once: int,
     ):
         """Keeps a ring full.
 
         Args:
             name: of the array, of the ring and of its barriers.
             stages: how many it has room for.
-            size: bytes of a window.
+            at_once: how many are asked for before the first has come.
             readers: who give a stage back.
-            total: how many stages are filled.
-            at_once: how many are filled before the first has come.
+            total: how many there are.
             windows: from its number, of each window of a stage the layer, row, column
-                and shape.
+                and shape: rows of 128 bytes.
         """
         zero, one, leader = emit.const(0), emit.const(1), self.lane == 0
         self.init(f"{name} full", stages, 1)
@@ -83,21 +64,14 @@ class Copies(Thread):
 
         def start(i: emit.Int, stage: emit.Int):
             barrier = self.at[f"{name} full"] + stage * 8
-            parts = windows(i)
-            self.expect(barrier, len(parts) * size)
-            target = self.at[name] + stage * (len(parts) * size)
-            for j, (layer, row, column, shape) in enumerate(parts):
-                emit.tma_load(
-                    self.ctx,
-                    self.refs[name],
-                    layer,
-                    row,
-                    column,
-                    shape,
-                    target + j * size,
-                    barrier,
-                    leader,
-                )
+            parts, ref = windows(i), self.refs[name]
+            size = 128 * sum(shape[0] for *_, shape in parts)
+            self.expect(barrier, size)
+            target = self.at[name] + stage * size
+            for layer, row, column, shape in parts:
+                where = layer, row, column, shape, target
+                emit.tma_load(self.ctx, ref, *where, barrier, leader)
+                target = target + 128 * shape[0]
 
         def first(i, state):
             start(i, i)
@@ -109,11 +83,10 @@ class Copies(Thread):
             start(i, stage)
             return [v.value for v in self.turn(stage, parity, stages)]
 
-        waits, early = at_once < stages, total.min(stages)
-        begun = total.min(min(at_once, stages))
+        begun, early = total.min(at_once), total.min(stages)
         emit.loop(zero, begun, one, [], first)
         emit.barrier()
-        if waits:
+        if at_once < stages:
             # What is needed first is not to share the way with what is needed later.
             self.wait(f"{name} full", zero, zero)
             emit.loop(begun, early, one, [], first)

@@ -8,6 +8,8 @@ from pallas_kernels.matvec_plan import BLOCK, CHUNK, CHUNK_BYTES, TABLE_BYTES, P
 # Features of a warpgroup: rows of wgmma's first operand.
 FEATURES = 64
 STEPS = CHUNK // BLOCK
+# Steps of a half of a chunk, and of a tile of x.
+HALF = STEPS // 2
 REGISTERS = 65536
 SMEM_BYTES = 226 * 1024
 
@@ -18,9 +20,8 @@ class Cut:
 
     Attributes:
         consumers: warpgroups that decode and multiply, 64 features each.
-        stages: tiles of x in shared memory.
+        stages: tiles of x, 128 columns each, in shared memory.
         slots: chunks of codes, 256 columns of all features, in shared memory.
-        x_steps: steps of 64 columns of a tile of x.
         lead: halves of units that a run has more of if a tile ends inside of it; the
             others leave their part, for which its owner waits, so much earlier.
     """
@@ -28,11 +29,7 @@ class Cut:
     consumers: int = 4
     stages: int = 4
     slots: int = 2
-    x_steps: int = 2
     lead: int = 0
-    at_once: int = 1
-    x_at_once: int = 4
-    group: bool = True
 
     def __post_init__(self):
         if not 2 <= self.consumers <= 4:
@@ -148,7 +145,7 @@ class SkinnyPlan(Problem):
     def fetches(self) -> bool:
         """Whether there is room in shared memory for a part of another block."""
         cut = self.cut
-        size = cut.stages * cut.x_steps * self.x_bytes + cut.slots * self.slot_bytes
+        size = cut.stages * self.x_bytes + cut.slots * self.slot_bytes
         return TABLE_BYTES + size + self.part_bytes + 1024 <= SMEM_BYTES
 
     @property
@@ -167,14 +164,14 @@ class SkinnyPlan(Problem):
         nested, blocks = self.nested_block_size, 4 * STEPS
         if nested is None or nested % blocks or self.block_size != BLOCK:
             return 1
-        return 4 if self.k % (blocks * BLOCK) == 0 and self.cut.group else 1
+        return 4 if self.k % (blocks * BLOCK) == 0 else 1
 
     # Shared memory: the table of pairs, then the following.
 
     @property
     def x_bytes(self) -> int:
-        """A tile of x: 128 bytes of each row."""
-        return 128 * self.rows
+        """A tile of x: 128 bytes of each row, of one step after the other."""
+        return HALF * 128 * self.rows
 
     @property
     def slot_bytes(self) -> int:
@@ -186,7 +183,7 @@ class SkinnyPlan(Problem):
         """Where each part begins; "end" is the size of all."""
         cut = self.cut
         sizes = {
-            "x": cut.stages * cut.x_steps * self.x_bytes,
+            "x": cut.stages * self.x_bytes,
             "codes": cut.slots * self.slot_bytes,
             "part": self.part_bytes if self.fetches else 0,
             "x full": 8 * cut.stages,

@@ -171,7 +171,7 @@ def test_what_it_cannot_is_said(m, change, message):
         ((5, 8, 2), "must have 2 to 4 consumers"),
         ((4, 1, 2), "must have 2 stages and 2 slots"),
         ((4, 8, 1), "must have 2 stages and 2 slots"),
-        ((4, 4, 2, 2, 5), "must have a lead of 0 to 4"),
+        ((4, 4, 2, 5), "must have a lead of 0 to 4"),
     ],
 )
 def test_a_cut_has_room(cut, message):
