@@ -72,7 +72,7 @@ class Parts(Thread):
         emit.branch(collects, fetch, lambda: None)
 
     def wait_for_part(self, block: emit.Int, warp: emit.Int):
-        """Waits until a block has left the part of a warp."""
+        """Waits until a block has left the part of a warp; both may differ by lane."""
         counter = self.counter(block, warp).value
         emit.ptx(
             "{.reg .pred p; .reg .b32 n; COUNT_${:uid}: "
@@ -128,9 +128,8 @@ class Parts(Thread):
             return add(sums, load("shared", self.at["part"] + self.tid * 16))
 
         def read(i, state):
-            block = owner + 1 + i
-            self.wait_for_part(block, self.warp)
-            part = load("global.cg", self.part(block) + (self.tid * 16).wide())
+            where = self.part(owner + 1 + i) + (self.tid * 16).wide()
+            part = load("global.cg", where)
             if len(state) == len(sums):
                 return add(state, part)
             # The one before has come meanwhile.
@@ -141,6 +140,16 @@ class Parts(Thread):
             if plan.fetches:
                 total = emit.loop(zero, others.min(1), one, total, fetched)
                 count = others - others.min(1)
+            end = owner + 1 + count
+
+            def arrived(i, state):
+                # A lane waits for a block: all answers are under way together.
+                block = owner + 1 + i + self.lane
+                block = emit.select(block < end, block, end - 1)
+                self.wait_for_part(block, self.warp)
+                return state
+
+            emit.loop(zero, count, emit.const(32), [], arrived)
             if plan.reads_ahead:
                 total = total + [emit.zero()] * len(sums)
                 total = emit.loop(zero, count, one, total, read)
