@@ -22,7 +22,7 @@ class Copies(Thread):
             return [(zero, zero, (block + j) * BLOCK, shape) for j in range(HALF)]
 
         tiles, stages = self.end - self.first, plan.cut.stages
-        self.bring("x", stages, stages, plan.cut.consumers, tiles, windows)
+        self.bring("x", stages, plan.cut.consumers, tiles, windows)
 
     def bring_codes(self):
         """Copies codes, 256 columns of a tile's features after the other."""
@@ -35,13 +35,12 @@ class Copies(Thread):
             return [(self.layer, row, column, (plan.features, CHUNK_BYTES))]
 
         units, warps = self.end_unit - self.first // 2, plan.cut.workers // 32
-        self.bring("codes", plan.cut.slots, 1, warps, units, windows)
+        self.bring("codes", plan.cut.slots, warps, units, windows)
 
     def bring(
         self,
         name: str,
         stages: int,
-        at_once: int,
         readers: int,
         total: emit.Int,
         windows: Callable,
@@ -51,7 +50,6 @@ class Copies(Thread):
         Args:
             name: of the array, of the ring and of its barriers.
             stages: how many it has room for.
-            at_once: how many are asked for before the first has come.
             readers: who give a stage back.
             total: how many there are.
             windows: from its number, of each window of a stage the layer, row, column
@@ -83,11 +81,16 @@ class Copies(Thread):
             start(i, stage)
             return [v.value for v in self.turn(stage, parity, stages)]
 
-        begun, early = total.min(at_once), total.min(stages)
-        emit.loop(zero, begun, one, [], first)
+        early = total.min(stages)
+        emit.loop(zero, early, one, [], first)
         emit.barrier()
-        if at_once < stages:
-            # What is needed first is not to share the way with what is needed later.
-            self.wait(f"{name} full", zero, zero)
-            emit.loop(begun, early, one, [], first)
         emit.loop(early, total, one, [zero.value, zero.value], later)
+
+    def expect(self, barrier: emit.Int, size: int):
+        """Says at a barrier how many bytes will come."""
+        emit.ptx(
+            "{.reg .pred p; setp.eq.b32 p, $1, 0; @p "
+            f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};}}",
+            barrier.value,
+            self.lane.value,
+        )
