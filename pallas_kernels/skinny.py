@@ -14,9 +14,10 @@ features, 64 for each of four warpgroups:
   4 x 4 bytes are transposed in registers, and three words change places.
 * Every byte is looked up in a table of pairs of which each lane has a copy in its own
   bank of shared memory, as in `matvec`, and multiplied by the scale in 16 bits.
-* Tiles are laid end to end and cut into as many runs as there are multiprocessors, all
-  of a length. Parts of a tile meet in device memory, always in the same order: results
-  are deterministic. A third warp tells when memory has a part.
+* Tiles are laid end to end and cut into as many runs as there are multiprocessors, so
+  that all end together. Parts of a tile meet in device memory, always in the same
+  order: results are deterministic. A third warp tells that a part is there, and brings
+  one to shared memory before it is needed.
 
 Here are the op and its checks; `skinny_plan` says how the work is cut, `skinny_body`
 what a thread does.
@@ -33,17 +34,18 @@ from pallas_kernels import few_rows, tuning
 from pallas_kernels.matvec_plan import BLOCK, TABLE_BYTES
 from pallas_kernels.packed import PackedSpec, PackedWeight
 from pallas_kernels.skinny_body import Body
-from pallas_kernels.skinny_plan import Cut, SkinnyPlan
+from pallas_kernels.skinny_plan import SMEM_BYTES, Cut, SkinnyPlan
 
 MAX_M = 128
-_SMEM_BYTES = 226 * 1024
 
 
 def candidate_cuts(m: int) -> list[Cut]:
     """Cuts for so many rows, the likely fastest first; not all of them fit."""
+    if m <= 32:
+        return [Cut(3, 4, lead=1), Cut(4, 4), Cut(4, 4, lead=1)]
     if m <= 64:
-        return [Cut(3, 4), Cut(4, 4), Cut(3, 4, 3), Cut(2, 4, 4)]
-    return [Cut(3, 2), Cut(2, 3), Cut(3, 2, 3)]
+        return [Cut(3, 4, at_once=2), Cut(3, 4), Cut(3, 4, lead=1), Cut(4, 4)]
+    return [Cut(3, 2), Cut(3, 2, lead=1), Cut(2, 3)]
 
 
 def make_plan(
@@ -67,7 +69,7 @@ def make_plan(
         plan = SkinnyPlan(
             m, n, k, name, nested, candidate, 1, spec.block_size, spec.codebook
         )
-        if plan.total_smem_bytes <= _SMEM_BYTES:
+        if plan.total_smem_bytes <= SMEM_BYTES:
             grid = min(tuning.multiprocessors(), plan.units)
             return dataclasses.replace(plan, grid=grid)
     raise NotImplementedError(f"{m=} rows of x do not fit {cut or 'here'}.")

@@ -1,7 +1,7 @@
 """What one thread of the kernel for tens of rows does; `skinny` tells why.
 
-A warp of the last warpgroup brings x, another codes, a third says what others may add
-up; the other warpgroups decode and multiply, each its 64 features.
+A warp of the last warpgroup brings x, another codes, a third the sums that other blocks
+leave; the other warpgroups decode and multiply, each its 64 features.
 """
 
 from pallas_kernels import emit
@@ -25,7 +25,7 @@ class Body(Copies, Operand, Parts):
         emit.roles(works, self.multiply_all, self.bring_all)
 
     def bring_all(self):
-        """Gives registers away; then two warps copy, a third announces."""
+        """Gives registers away; then three warps copy: x, codes, parts."""
         emit.ptx(f"setmaxnreg.dec.sync.aligned.u32 {self.plan.cut.registers[1]};")
         warp = self.plan.cut.workers // 32
 
@@ -33,7 +33,7 @@ class Body(Copies, Operand, Parts):
             emit.roles(self.warp == warp + 1, self.bring_codes, rest)
 
         def rest():
-            emit.roles(self.warp == warp + 2, self.announce, emit.barrier)
+            emit.roles(self.warp == warp + 2, self.bring_parts, emit.barrier)
 
         emit.roles(self.warp == warp, self.bring_x, others)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from pallas_kernels import emit
 from pallas_kernels.matvec_plan import BLOCK, CHUNK_BYTES
-from pallas_kernels.skinny_plan import HALF
+from pallas_kernels.skinny_plan import HALF, STEPS
 from pallas_kernels.skinny_thread import Thread
 
 
@@ -14,15 +14,15 @@ class Copies(Thread):
     def bring_x(self):
         """Copies x, 128 columns of all rows after the other."""
         plan = self.plan
-        start = self.first % (2 * plan.chunks)
+        start = self.first % (2 * plan.chunks) * HALF
 
         def windows(i: emit.Int):
-            block = (start + i) % (2 * plan.chunks) * HALF
+            block = (start + i * HALF) % (plan.chunks * STEPS)
             zero, shape = emit.const(0), (plan.rows, BLOCK)
             return [(zero, zero, (block + j) * BLOCK, shape) for j in range(HALF)]
 
         tiles, stages = self.end - self.first, plan.cut.stages
-        self.bring("x", stages, plan.cut.consumers, tiles, windows)
+        self.bring("x", stages, stages, plan.cut.consumers, tiles, windows)
 
     def bring_codes(self):
         """Copies codes, 256 columns of a tile's features after the other."""
@@ -35,12 +35,14 @@ class Copies(Thread):
             return [(self.layer, row, column, (plan.features, CHUNK_BYTES))]
 
         units, warps = self.end_unit - self.first // 2, plan.cut.workers // 32
-        self.bring("codes", plan.cut.slots, warps, units, windows)
+        at_once = plan.cut.at_once
+        self.bring("codes", plan.cut.slots, at_once, warps, units, windows)
 
     def bring(
         self,
         name: str,
         stages: int,
+        at_once: int,
         readers: int,
         total: emit.Int,
         windows: Callable,
@@ -50,6 +52,7 @@ class Copies(Thread):
         Args:
             name: of the array, of the ring and of its barriers.
             stages: how many it has room for.
+            at_once: how many are asked for before the first has come.
             readers: who give a stage back.
             total: how many there are.
             windows: from its number, of each window of a stage the layer, row, column
@@ -62,14 +65,14 @@ class Copies(Thread):
 
         def start(i: emit.Int, stage: emit.Int):
             barrier = self.at[f"{name} full"] + stage * 8
-            parts, ref = windows(i), self.refs[name]
+            parts, ref, at = windows(i), self.refs[name], 0
             size = 128 * sum(shape[0] for *_, shape in parts)
             self.expect(barrier, size)
             target = self.at[name] + stage * size
             for layer, row, column, shape in parts:
-                where = layer, row, column, shape, target
+                where = layer, row, column, shape, target + at
                 emit.tma_load(self.ctx, ref, *where, barrier, leader)
-                target = target + 128 * shape[0]
+                at += 128 * shape[0]
 
         def first(i, state):
             start(i, i)
@@ -81,16 +84,11 @@ class Copies(Thread):
             start(i, stage)
             return [v.value for v in self.turn(stage, parity, stages)]
 
-        early = total.min(stages)
-        emit.loop(zero, early, one, [], first)
+        early, begun = total.min(stages), total.min(at_once)
+        emit.loop(zero, begun, one, [], first)
         emit.barrier()
+        if at_once < stages:
+            # What is needed first is not to share the way with what is needed later.
+            self.wait(f"{name} full", zero, zero)
+            emit.loop(begun, early, one, [], first)
         emit.loop(early, total, one, [zero.value, zero.value], later)
-
-    def expect(self, barrier: emit.Int, size: int):
-        """Says at a barrier how many bytes will come."""
-        emit.ptx(
-            "{.reg .pred p; setp.eq.b32 p, $1, 0; @p "
-            f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};}}",
-            barrier.value,
-            self.lane.value,
-        )

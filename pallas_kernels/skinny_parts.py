@@ -22,32 +22,57 @@ class Parts(Thread):
         where = block.wide() * (4 * self.plan.part_floats)
         return emit.address(self.refs["parts"]) + where
 
-    def announce(self):
-        """Says that the part this block leaves can be read, if it leaves one.
+    def bring_parts(self):
+        """Says that what this block leaves can be read; copies what another leaves.
 
-        A warp that has nothing else to do waits until memory has it.
+        Those who multiply need not wait until memory has the former, and find the
+        latter in shared memory when they come to the end of their tile.
         """
         plan, zero = self.plan, emit.const(0)
         warps = plan.cut.workers // 32
         self.init("left", 1, warps)
-        emit.ptx("fence.mbarrier_init.release.cluster;")
+        self.init("part full", 1, 1)
+        emit.ptx("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;")
         emit.barrier()
         owner, _ = plan.sharers(self.first_tile)
+        mine, lane = emit.bit(self.lane < warps), self.lane.min(warps - 1)
 
-        def count():
+        def announce():
             self.wait("left", zero, zero)
             emit.ptx("fence.acq_rel.gpu;")
             emit.ptx(
                 "{.reg .pred p; setp.ne.b32 p, $1, 0; "
                 "@p red.relaxed.gpu.global.add.u32 [$0], 1;}",
-                self.counter(self.block, self.lane.min(warps - 1)).value,
-                emit.bit(self.lane < warps),
+                self.counter(self.block, lane).value,
+                mine,
             )
 
-        emit.branch(owner < self.block, count, lambda: None)
+        emit.branch(owner < self.block, announce, lambda: None)
+        if not plan.fetches:
+            return
+        owner, last = plan.sharers(self.last_tile)
+
+        def fetch():
+            # The part of the last sharer, which has mostly left it long ago.
+            self.wait_for_part(last, lane)
+            emit.ptx("fence.proxy.async;")
+            barrier = self.at["part full"]
+            self.expect(barrier, plan.part_bytes)
+            emit.ptx(
+                "{.reg .pred p; setp.eq.b32 p, $3, 0; @p "
+                "cp.async.bulk.shared::cluster.global.mbarrier"
+                f"::complete_tx::bytes [$0], [$1], {plan.part_bytes}, [$2];}}",
+                self.at["part"].value,
+                self.part(last).value,
+                barrier.value,
+                self.lane.value,
+            )
+
+        collects = emit.both(owner == self.block, owner < last)
+        emit.branch(collects, fetch, lambda: None)
 
     def wait_for_part(self, block: emit.Int, warp: emit.Int):
-        """Waits until a block has left the part of a warp; both may differ by lane."""
+        """Waits until a block has left the part of a warp."""
         counter = self.counter(block, warp).value
         emit.ptx(
             "{.reg .pred p; .reg .b32 n; COUNT_${:uid}: "
@@ -81,12 +106,12 @@ class Parts(Thread):
             emit.ptx("bar.warp.sync -1;")
             self.arrive("left", zero, self.lane == 0)
 
-        def read(i):
-            where, part = self.part(owner + 1 + i) + (self.tid * 16).wide(), []
-            for j in range(0, len(sums), 4):
+        def load(state, where):
+            part = []
+            for i in range(0, len(sums), 4):
                 part += emit.ptx(
-                    "ld.global.cg.v4.f32 {$0, $1, $2, $3}, "
-                    f"[$4+{j // 4 * plan.piece_bytes}];",
+                    f"ld.{state}.v4.f32 {{$0, $1, $2, $3}}, "
+                    f"[$4+{i // 4 * plan.piece_bytes}];",
                     where.value,
                     out="ffff",
                 )
@@ -98,28 +123,30 @@ class Parts(Thread):
                 for pair in zip(sums, part, strict=True)
             ]
 
+        def fetched(i, sums):
+            self.wait("part full", zero, zero)
+            return add(sums, load("shared", self.at["part"] + self.tid * 16))
+
+        def read(i, state):
+            block = owner + 1 + i
+            self.wait_for_part(block, self.warp)
+            part = load("global.cg", self.part(block) + (self.tid * 16).wide())
+            if len(state) == len(sums):
+                return add(state, part)
+            # The one before has come meanwhile.
+            return add(state[: len(sums)], state[len(sums) :]) + part
+
         def collect():
-            def arrived(i, state):
-                # A lane waits for a block: all answers are under way together.
-                block = owner + 1 + i + self.lane
-                block = emit.select(block < last, block, last)
-                self.wait_for_part(block, self.warp)
-                return state
-
-            def add_one(i, sums):
-                return add(sums, read(i))
-
-            def add_the_one_before(i, state):
-                part = read(i)
-                return add(state[: len(sums)], state[len(sums) :]) + part
-
-            emit.loop(zero, others, emit.const(32), [], arrived)
+            count, total = others, sums
+            if plan.fetches:
+                total = emit.loop(zero, others.min(1), one, total, fetched)
+                count = others - others.min(1)
             if plan.reads_ahead:
-                state = [*sums, *[emit.zero()] * len(sums)]
-                state = emit.loop(zero, others, one, state, add_the_one_before)
-                total = add(state[: len(sums)], state[len(sums) :])
+                total = total + [emit.zero()] * len(sums)
+                total = emit.loop(zero, count, one, total, read)
+                total = add(total[: len(sums)], total[len(sums) :])
             else:
-                total = emit.loop(zero, others, one, sums, add_one)
+                total = emit.loop(zero, count, one, total, read)
             self.write(tile, total)
 
         emit.branch(self.block == owner, collect, leave)

@@ -11,6 +11,7 @@ STEPS = CHUNK // BLOCK
 # Steps of a half of a chunk, and of a tile of x.
 HALF = STEPS // 2
 REGISTERS = 65536
+SMEM_BYTES = 226 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +22,26 @@ class Cut:
         consumers: warpgroups that decode and multiply, 64 features each.
         stages: tiles of x, 128 columns each, in shared memory.
         slots: chunks of codes, 256 columns of all features, in shared memory.
+        lead: halves of units that a run has more of if a tile ends inside of it; the
+            others leave their part, for which its owner waits, so much earlier.
+        at_once: slots that are asked for before codes have come.
     """
 
     consumers: int = 4
     stages: int = 4
     slots: int = 2
+    lead: int = 0
+    at_once: int = 1
 
     def __post_init__(self):
         if not 2 <= self.consumers <= 4:
             raise ValueError(f"{self} must have 2 to 4 consumers.")
         if self.stages < 2 or self.slots < 2:
             raise ValueError(f"{self} must have 2 stages and 2 slots at least.")
+        if not 0 <= self.lead <= 4:
+            raise ValueError(f"{self} must have a lead of 0 to 4.")
+        if not 1 <= self.at_once <= self.slots:
+            raise ValueError(f"{self} must ask for one slot at once, or up to all.")
 
     @property
     def workers(self) -> int:
@@ -96,15 +106,23 @@ class SkinnyPlan(Problem):
         """Halves of units, which is where runs may be cut."""
         return 2 * self.units
 
+    @property
+    def cuts(self) -> int:
+        """Places in a tile where a run may begin: all but some at its end."""
+        length, run = 2 * self.chunks, self.halves // self.grid
+        # Of shorter runs hardly any ends its tile; of longer ones all do.
+        return length - (self.cut.lead if run < length <= 3 * run else 0)
+
     def first(self, block: Any) -> Any:
         """Where the run of a block of threads begins, in halves of units."""
-        return block * self.halves // self.grid
+        place = block * (self.tiles * self.cuts) // self.grid
+        return place + place // self.cuts * (2 * self.chunks - self.cuts)
 
     def sharers(self, tile: Any) -> tuple[Any, Any]:
         """The first and the last block of threads that have units of a tile."""
-        begin = tile * (2 * self.chunks)
-        owner = ((begin + 1) * self.grid - 1) // self.halves
-        last = ((begin + 2 * self.chunks) * self.grid - 1) // self.halves
+        begin, all_cuts = tile * self.cuts, self.tiles * self.cuts
+        owner = ((begin + 1) * self.grid - 1) // all_cuts
+        last = ((begin + self.cuts) * self.grid - 1) // all_cuts
         return owner, last
 
     @property
@@ -113,14 +131,26 @@ class SkinnyPlan(Problem):
         return self.features * self.rows
 
     @property
+    def part_bytes(self) -> int:
+        """The same in bytes: pieces of four sums of each thread that multiplies."""
+        return 4 * self.part_floats
+
+    @property
     def piece_bytes(self) -> int:
-        """Bytes of a piece of them: four of each thread that multiplies."""
+        """Bytes of such a piece."""
         return 16 * self.cut.workers
 
     @property
     def num_counters(self) -> int:
         """Counters of parts that were left: one for each warp of each block."""
         return self.grid * (self.cut.workers // 32)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether there is room in shared memory for a part of another block."""
+        cut = self.cut
+        size = cut.stages * self.x_bytes + cut.slots * self.slot_bytes
+        return TABLE_BYTES + size + self.part_bytes + 1024 <= SMEM_BYTES
 
     @property
     def reads_ahead(self) -> bool:
@@ -159,10 +189,12 @@ class SkinnyPlan(Problem):
         sizes = {
             "x": cut.stages * self.x_bytes,
             "codes": cut.slots * self.slot_bytes,
+            "part": self.part_bytes if self.fetches else 0,
             "x full": 8 * cut.stages,
             "x empty": 8 * cut.stages,
             "codes full": 8 * cut.slots,
             "codes empty": 8 * cut.slots,
+            "part full": 8,
             "left": 8,
         }
         offsets, at = {}, 0

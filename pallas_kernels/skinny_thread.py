@@ -89,6 +89,15 @@ class Thread:
             emit.bit(when),
         )
 
+    def expect(self, barrier: emit.Int, size: int):
+        """Says at a barrier how many bytes will come."""
+        emit.ptx(
+            "{.reg .pred p; setp.eq.b32 p, $1, 0; @p "
+            f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};}}",
+            barrier.value,
+            self.lane.value,
+        )
+
     @staticmethod
     def turn(stage: emit.Int, parity: emit.Int, stages: int) -> list[emit.Int]:
         """The stage after this one, and the parity of its barriers."""

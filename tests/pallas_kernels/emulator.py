@@ -323,6 +323,8 @@ class Emulator:
             pass
         elif kind == "red":
             self._reduce(operands, mask, read)
+        elif op[:3] == ["cp", "async", "bulk"]:
+            self._copy_bulk(operands, mask, read)
         elif op[:2] == ["cp", "async"]:
             self._copy_async(op, operands, mask, read)
         elif kind in ("ld", "st"):
@@ -502,6 +504,23 @@ class Emulator:
                 self.uncommitted.append(copy)
             else:
                 copy(everyone)
+
+    def _copy_bulk(self, operands, mask, read):
+        """A copy on end to shared memory, which a counting mbarrier waits for."""
+        target, source = (self._address(o, read) for o in operands[:2])
+        barrier, size = read(operands[3].strip("[]")), int(operands[2])
+
+        def copy(threads):
+            for thread in np.flatnonzero(threads):
+                assert target[thread] % 16 == source[thread] % 16 == 0, "misaligned"
+                data = self._read(source[thread], size)
+                self._write(target[thread], data)
+
+        if self.lazy:
+            self.announced.append([barrier, mask.copy(), [copy]])
+        else:
+            copy(mask)
+        self._arrive_bytes(barrier, mask, size)
 
     def _reduce(self, operands, mask, read):
         """Adds to words of memory, thread after thread."""

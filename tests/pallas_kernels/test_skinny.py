@@ -83,9 +83,11 @@ def emulate(monkeypatch, x, packed, spec, cut=None, grid=2, lazy=False):
         (64, 80, 512, Cut(2, 4, 2), 2),  # the last rows fill no tile
         (100, 64, 320, Cut(2, 3, 2), 1),
         (24, 320, 1024, Cut(4, 6, 2), 3),
+        (40, 192, 1024, Cut(2, 3, 2, lead=3), 3),
         (16, 200, 2048, Cut(2, 3, 2), 5),  # scales of several units at once
         (8, 64, 4096, Cut(2, 3, 2), 1),  # and several times
         (72, 128, 1024, Cut(2, 3, 2), 4),  # parts that are not read ahead
+        (104, 128, 1024, Cut(2, 3, 3), 4),  # nor fetched: there is no room
     ],
 )
 @pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
@@ -169,6 +171,8 @@ def test_what_it_cannot_is_said(m, change, message):
         ((5, 8, 2), "must have 2 to 4 consumers"),
         ((4, 1, 2), "must have 2 stages and 2 slots"),
         ((4, 8, 1), "must have 2 stages and 2 slots"),
+        ((4, 4, 2, 5), "must have a lead of 0 to 4"),
+        ((4, 4, 2, 0, 3), "must ask for one slot at once, or up to all"),
     ],
 )
 def test_a_cut_has_room(cut, message):
@@ -185,10 +189,29 @@ def test_registers_are_those_that_the_block_has(consumers):
     assert many % 8 == 0 and many >= at_start
 
 
+@pytest.mark.parametrize("n, k, leads", [(14336, 4096, True), (28672, 8192, False)])
+def test_runs_that_end_a_tile_are_longer(n, k, leads):
+    packed, spec = make_weight(16, 64)
+    spec = dataclasses.replace(spec, n=n, k=k)
+    plan = skinny.make_plan(64, jnp.bfloat16, packed, spec, Cut(3, lead=2))
+    plan = dataclasses.replace(plan, grid=132)
+    starts = np.array([plan.first(block) for block in range(133)])
+    assert (starts[0], starts[-1]) == (0, plan.halves)
+    tile, lengths = starts // (2 * plan.chunks), np.diff(starts)
+    ends = (tile[:-1] < tile[1:]) & (starts[1:] % (2 * plan.chunks) > 0)
+    if leads:
+        inside = lengths[~ends & (starts[:-1] % (2 * plan.chunks) > 0)]
+        assert lengths[ends].min() > inside.min()
+        assert lengths[ends].mean() - inside.mean() == pytest.approx(2, abs=0.5)
+    else:  # every run ends a tile
+        assert lengths.max() - lengths.min() <= 1
+
+
+@pytest.mark.parametrize("lead", [0, 1, 4])
 @pytest.mark.parametrize("n, k", [(14336, 4096), (13824, 5120), (320, 1088)])
-def test_every_part_is_left_once_and_has_an_owner(n, k):
+def test_every_part_is_left_once_and_has_an_owner(n, k, lead):
     packed, spec = make_weight(n, k)
-    plan = skinny.make_plan(64, jnp.bfloat16, packed, spec, None)
+    plan = skinny.make_plan(64, jnp.bfloat16, packed, spec, Cut(3, lead=lead))
     parts = set()
     for block in range(plan.grid):
         first, end = plan.first(block), plan.first(block + 1)
