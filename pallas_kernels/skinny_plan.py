@@ -111,7 +111,8 @@ class SkinnyPlan(Problem):
         """Places in a tile where a run may begin: all but some at its end."""
         length, run = 2 * self.chunks, self.halves // self.grid
         # Of shorter runs hardly any ends its tile; of longer ones all do.
-        return length - (self.cut.lead if run < length <= 3 * run else 0)
+        lead = self.cut.lead if run < length <= 3 * run else 0
+        return length - min(lead, self.chunks)
 
     def first(self, block: Any) -> Any:
         """Where the run of a block of threads begins, in halves of units."""
