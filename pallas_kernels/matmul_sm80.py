@@ -1,20 +1,22 @@
 """y = x @ W and dx = dy @ Wᵀ for GPUs from Ampere on: `cp.async` and `mma.sync`.
 
-One kernel for both products. A block of 128 threads computes 128 x 128 numbers of the
-result, a warp 64 x 64 of them, and walks the contracted axis 64 at a time:
+One kernel for both products. A block of 256 threads computes tiles of 128 x 256 numbers
+of the result, one after the other, a warp all 128 rows of 32 features, and walks the
+contracted axis 64 or 128 at a time:
 
-    cp.async      x, codes and scales, two stages
+    cp.async      x, codes and scales, two or three stages
     ld.shared     x, which is an operand of `mma` as it comes, and codes, to registers
     decode        a byte of two codes to a pair of numbers, by a load from a table in
                   shared memory, times the block's scale: the other operand of `mma`
     mma           32 products of 16 x 8 x 16 for each 16 numbers of the contracted axis
 
-The decoded weight is in registers only. The next product's numbers are decoded while
-the tensor cores work on this one. Warps wait for each other's copies, and for each
-other's reading before a stage is filled again, at barriers that each passes in its own
-time. Each warp decodes its own features, so each weight is decoded twice a block. Two
-blocks share a multiprocessor where its shared memory suffices (106 KB each: on
-9.0, not on Ampere).
+What counts is how many instructions there are beside each `mma`, so a warp has as many
+rows as its registers hold sums of: each weight is decoded by one warp, once for 128
+rows. The decoded weight is in registers only, and the next product's numbers are
+decoded while the tensor cores work on this one. Warps wait for each other's copies, and
+for each other's reading before a stage is filled again, at barriers that each passes in
+its own time. A block is one to a multiprocessor, and copies the first step of its next
+tile while it is at the last of this one.
 
 Scales are decoded by XLA before, and put in the order in which blocks copy them.
 
@@ -32,18 +34,28 @@ import jax.numpy as jnp
 from pallas_kernels import reference, tuning
 from pallas_kernels.decode import pair_table
 from pallas_kernels.matmul_sm80_body import Body
-from pallas_kernels.matmul_sm80_copies import (
-    BARRIERS_BYTES,
-    CODES_BYTES,
-    STAGES,
-    STEP,
-    TABLE_BYTES,
-    THREADS,
-    TILE_M,
-    TILE_N,
-    X_BYTES,
-)
+from pallas_kernels.matmul_sm80_copies import STEP, THREADS, TILE_M, TILE_N
 from pallas_kernels.packed import PackedSpec, PackedWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a block's shared memory is used for.
+
+    Attributes:
+        stages: steps that lie in it at once.
+        parts: of 64 numbers of the contracted axis, of a step.
+        row_bytes: of the table of pairs: 128, or 256, half of it empty, where a byte of
+            codes is a byte of an offset.
+    """
+
+    stages: int
+    parts: int
+    row_bytes: int
+
+
+# The first that fits is taken: on 9.0, on 8.0, on 8.6 and 8.9.
+CONFIGS = (Config(3, 2, 256), Config(3, 1, 256), Config(2, 1, 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +70,8 @@ class Plan:
     spec: PackedSpec
     dtype: str
     transposed: bool
+    config: Config
+    multiprocessors: int
 
     @property
     def columns(self) -> int:
@@ -80,9 +94,25 @@ class Plan:
         return -(-self.columns // TILE_N)
 
     @property
+    def tiles(self) -> int:
+        """Tiles of the result."""
+        return self.tiles_m * self.tiles_n
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of threads, which take tiles in turn."""
+        return min(self.tiles, self.multiprocessors)
+
+    @property
     def steps(self) -> int:
         """Steps along the contracted axis."""
-        return -(-self.contracted // STEP)
+        return -(-self.contracted // (STEP * self.config.parts))
+
+    @property
+    def exact(self) -> bool:
+        """Whether tiles and steps end where the weight does."""
+        width = STEP * self.config.parts
+        return not (self.columns % TILE_N or self.contracted % width)
 
     @property
     def scale_width(self) -> int:
@@ -90,34 +120,48 @@ class Plan:
         return min(self.spec.block_size, STEP)
 
     @property
-    def num_scales(self) -> int:
-        """Scales of a weight tile."""
-        return TILE_N * STEP // self.scale_width
+    def x_bytes(self) -> int:
+        """Of x, of a part of a step."""
+        return TILE_M * STEP * 2
+
+    @property
+    def codes_bytes(self) -> int:
+        """Of codes, of a part of a step."""
+        return TILE_N * STEP // 2
+
+    @property
+    def scales_bytes(self) -> int:
+        """Of scales, of a part of a step."""
+        count = TILE_N * STEP // self.scale_width
+        return count * (2 if self.transposed else 4)
 
     @property
     def stage_bytes(self) -> int:
         """Of a step: x, codes, scales."""
-        return X_BYTES + CODES_BYTES + self.num_scales * (2 if self.transposed else 4)
+        return (self.x_bytes + self.codes_bytes + self.scales_bytes) * self.config.parts
+
+    @property
+    def table_bytes(self) -> int:
+        """Of the table of pairs."""
+        return 256 * self.config.row_bytes
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of a block."""
-        return TABLE_BYTES + STAGES * self.stage_bytes + BARRIERS_BYTES
+        """Shared memory of a block, two barriers a stage included."""
+        return self.table_bytes + self.config.stages * (self.stage_bytes + 2 * 8)
 
 
-def _run(x, packed: PackedWeight, spec: PackedSpec, transposed: bool) -> jax.Array:
-    """Checks what this kernel can do, and runs it."""
+def make_plan(m: int, dtype, spec: PackedSpec, transposed: bool) -> Plan:
+    """Checks what this kernel can do, and chooses how.
+
+    Raises:
+        NotImplementedError: if it cannot.
+    """
     capability = tuning.compute_capability()
-    if capability is not None and capability < 9:
-        # Pallas itself, not this kernel: compiling it there ends the process.
-        raise NotImplementedError(
-            f"{capability=}: Pallas' Mosaic GPU backend (jax 0.11) puts elect.sync, of "
-            "9.0, into every kernel; leave `implementation` out."
-        )
-    if not x.size:
-        raise NotImplementedError(f"{x.shape=} has no rows.")
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"dtype={x.dtype} must be bfloat16 or float16.")
+    if capability is not None and capability < 8:
+        raise NotImplementedError(f"{capability=}: cp.async came with 8.0.")
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"{dtype=} must be bfloat16 or float16.")
     if spec.bits != 4:
         raise NotImplementedError(f"codes of {spec.bits} bits must have 4.")
     if spec.k % STEP or spec.n % 8:
@@ -131,8 +175,23 @@ def _run(x, packed: PackedWeight, spec: PackedSpec, transposed: bool) -> jax.Arr
         raise NotImplementedError(
             f"block_size={size} must be a power of two from 32 on."
         )
+    available, name = tuning.shared_memory(), jnp.dtype(dtype).name
+    for config in CONFIGS:
+        plan = Plan(m, spec, name, transposed, config, tuning.multiprocessors())
+        if plan.smem_bytes <= available:
+            return plan
+    raise NotImplementedError(
+        f"A block needs {plan.smem_bytes} bytes of shared memory; there are "
+        f"{available}."
+    )
+
+
+def _run(x, packed: PackedWeight, spec: PackedSpec, transposed: bool) -> jax.Array:
+    """Runs the kernel."""
+    if not x.size:
+        raise NotImplementedError(f"{x.shape=} has no rows.")
     rows = x.reshape(-1, x.shape[-1])
-    plan = Plan(rows.shape[0], spec, jnp.dtype(x.dtype).name, transposed)
+    plan = make_plan(rows.shape[0], x.dtype, spec, transposed)
     operands = {"x": rows, "codes": packed.codes, "scales": make_scales(packed, plan)}
     operands["pairs"] = jnp.asarray(pair_table(spec.codebook, plan.dtype))
     if packed.layer is not None:
@@ -174,7 +233,7 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((plan.m, plan.columns), plan.dtype),
-        grid=(plan.tiles_m * plan.tiles_n,),
+        grid=(plan.blocks,),
         grid_names=("i",),
         num_threads=THREADS // 128,
         thread_name="wg",

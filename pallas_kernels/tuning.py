@@ -37,6 +37,12 @@ def multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else 132
 
 
+def shared_memory() -> int:
+    """Bytes of shared memory that a block of threads may have, likewise."""
+    device = jax.devices()[0]
+    return device.shared_memory_per_block_optin if device.platform == "gpu" else 232448
+
+
 # What follows was measured on an H200; docs/kernels.md and docs/kernels_decoding.md
 # have the measurements.
 
