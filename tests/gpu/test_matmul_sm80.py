@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import matmul_sm80
+from pallas_kernels import matmul_sm80, tuning
 from tests.pallas_kernels.test_matvec import decoded, make_weight, relative_error
 from tests.tolerances import MATMUL_RELATIVE
 
@@ -34,3 +34,23 @@ def test_equals_the_product(op, m, n, k, block_size, nested, dtype):
     weight = decoded(packed, spec)
     expected = x.astype(np.float64) @ (weight.T if op == "matmul" else weight)
     assert relative_error(y, expected) <= MATMUL_RELATIVE[np.dtype(dtype).name]
+
+
+@pytest.mark.parametrize("op", ["matmul", "matmul_dx"])
+@pytest.mark.parametrize("available", [166912, 101376], ids=["as 8.0", "as 8.6"])
+@pytest.mark.parametrize("m, n, k", [(2048, 4096, 4096), (300, 1000, 1088)])
+def test_equals_the_product_in_the_shared_memory_of_others(
+    monkeypatch, op, available, m, n, k
+):
+    monkeypatch.setattr(tuning, "shared_memory", lambda: available)
+    packed, spec = make_weight(n, k)
+    side = k if op == "matmul" else n
+    x = np.random.default_rng(m).normal(size=(m, side)).astype(jnp.bfloat16)
+    function = getattr(matmul_sm80, op)
+    run = jax.jit(lambda x, p: function(x, p, spec))
+    y = run(jnp.asarray(x), jax.tree.map(jnp.asarray, packed))
+    weight = decoded(packed, spec)
+    expected = x[-50:].astype(np.float64) @ (weight.T if op == "matmul" else weight)
+    assert relative_error(y[-50:], expected) <= MATMUL_RELATIVE["bfloat16"]
+    again = run(jnp.asarray(x), jax.tree.map(jnp.asarray, packed))
+    assert jnp.array_equal(y, again)
