@@ -6,8 +6,9 @@
 
 Adapters of rank 64 on all linear layers, the state of Adam paged. "standard" has
 float32 adapters and gradients, "lean" bfloat16 ones with float32 masters in the paged
-state. Each row is a process of its own whose allocator may have as much as is aimed at
-and not a byte more; it runs a few steps and tells the allocator's peak. A row that does
+state; "offload" leaves what layers start from in the backward on the host. Each row is
+a process of its own whose allocator may have as much as is aimed at and not a byte
+more; it runs a few steps and tells the allocator's peak. A row that does
 not fit runs again without that limit, so that its peak is known. Nothing is timed, so
 rows run side by side as far as the device has room (--room). Writes
 benchmarks/results/memory.json.
@@ -16,6 +17,7 @@ benchmarks/results/memory.json.
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Iterator
 
@@ -33,6 +35,8 @@ AIMS = {
     "LLaMA-65B": (43.0, 40.0),
     "Llama-3-70B": (48.0, 44.0),
 }
+# Lean, and what layers start from in the backward on the host too, GB.
+AIMS_OFFLOADED = {"Llama-3-70B": 44.0}
 TRAIN = TrainConfig(rank=64, dropout=0.0, batch_size=1, seq_len=512, chunk_size=128)
 STEPS = 3
 # Beside what the allocator hands out: the CUDA context and what libraries take.
@@ -41,26 +45,30 @@ OUTSIDE_GB = 1.5
 
 def cases():
     """Every model, standard, and lean where that is aimed at."""
-    for name, aims in AIMS.items():
-        for optimizer, aim in zip(("paged", "lean"), aims, strict=True):
-            if aim is not None:
-                yield (
-                    aim,
-                    finetune.Case(
-                        f"{name}, {'lean' if optimizer == 'lean' else 'standard'}",
-                        *(1, 512, "full", optimizer),
-                        model=name,
-                        chunk_size=TRAIN.chunk_size,
-                        steps=STEPS,
-                        tune=False,
-                    ),
-                )
+    for name, (standard, lean) in AIMS.items():
+        yield standard, _case(name, "standard", "paged")
+        if lean is not None:
+            yield lean, _case(name, "lean", "lean")
+    for name, aim in AIMS_OFFLOADED.items():
+        yield aim, _case(name, "lean, offload", "lean", remat="offload")
+
+
+def _case(model: str, title: str, optimizer: str, remat: str = "full") -> finetune.Case:
+    return finetune.Case(
+        f"{model}, {title}",
+        *(1, 512, remat, optimizer),
+        model=model,
+        chunk_size=TRAIN.chunk_size,
+        steps=STEPS,
+        tune=False,
+    )
 
 
 def planned_gb(case: finetune.Case) -> float:
     """What `plan_memory` says of a case."""
+    train = dataclasses.replace(TRAIN, remat=case.remat)
     lean = case.optimizer == "lean"
-    return plan_memory(SHAPES[case.model], TRAIN, lean=lean).device_gb
+    return plan_memory(SHAPES[case.model], train, lean=lean).device_gb
 
 
 class Room:
@@ -108,10 +116,10 @@ def main() -> None:
     parser.add_argument("--room", type=float, help="GB; default: 0.9 of the device's")
     arguments = parser.parse_args()
     chosen = [(aim, case) for aim, case in cases() if arguments.only in case.name]
-    print(f"{'':<24} {'aim':>6} {'plan':>6} {'peak':>6}  under the aim as a cap")
+    print(f"{'':<26} {'aim':>6} {'plan':>6} {'peak':>6}  under the aim as a cap")
     if arguments.plan:
         for aim, case in chosen:
-            print(f"{case.name:<24} {aim:>6.1f} {planned_gb(case):>6.2f}")
+            print(f"{case.name:<26} {aim:>6.1f} {planned_gb(case):>6.2f}")
         return
     finetune.total_gb()  # asked once, not by every row
     room = Room(arguments.room or 0.9 * finetune.total_gb())
@@ -123,13 +131,13 @@ def main() -> None:
             try:
                 row = run.result()
             except RuntimeError as error:
-                print(f"{name:<24} failed\n{error}", flush=True)
+                print(f"{name:<26} failed\n{error}", flush=True)
                 continue
             rows.append(row)
             rows.sort(key=lambda row: row["aim_gb"])
             path = finetune.write(rows, "memory")  # what is there, should it be stopped
             print(
-                f"{name:<24} {row['aim_gb']:>6.1f} {row['planned_gb']:>6.2f} "
+                f"{name:<26} {row['aim_gb']:>6.1f} {row['planned_gb']:>6.2f} "
                 f"{row['peak_gb']:>6.2f}  {'ran' if row['fits'] else 'did not fit'}",
                 flush=True,
             )

@@ -48,6 +48,13 @@ def test_the_plan_is_what_the_compiler_takes(name, standard, lean):
     )
 
 
+def test_the_plan_of_a_lean_offloaded_step_is_what_the_compiler_takes():
+    train = dataclasses.replace(SHORT, remat="offload")
+    plan = plan_memory(SHAPES["Llama-3-70B"], train, lean=True)
+    assert plan.device_gb == pytest.approx(43.198, abs=0.1)
+    assert plan.host["activations"] == pytest.approx(2.181e9, rel=0.01)
+
+
 @pytest.mark.parametrize("train, options, compiled", COMPILED_LONG)
 def test_the_plan_of_long_rows_is_what_the_compiler_takes(train, options, compiled):
     plan = plan_memory(SHAPES["Llama-3-8B"], train, **options)
