@@ -8,10 +8,9 @@ Adapters of rank 64 on all linear layers, the state of Adam paged. "standard" ha
 float32 adapters and gradients, "lean" bfloat16 ones with float32 masters in the paged
 state; "offload" leaves what layers start from in the backward on the host. Each row is
 a process of its own whose allocator may have as much as is aimed at and not a byte
-more; it runs a few steps and tells the allocator's peak. A row that does
-not fit runs again without that limit, so that its peak is known. Nothing is timed, so
-rows run side by side as far as the device has room (--room). Writes
-benchmarks/results/memory.json.
+more; it runs a few steps and tells the allocator's peak. A row that does not fit runs
+again without that limit, so that its peak is known. Nothing is timed, so rows run side
+by side as far as the device has room (--room). Writes benchmarks/results/memory.json.
 """
 
 import argparse
