@@ -9,6 +9,7 @@ end of a tile its block of threads adds up what the warps have.
 from typing import Any
 
 from pallas_kernels import emit
+from pallas_kernels.lookup import pairs_of
 from pallas_kernels.matvec_plan import BLOCK, BLOCKS, CHUNK, CHUNK_BYTES, Plan
 
 
@@ -29,7 +30,7 @@ class Body:
         self.g, self.t = self.lane // 4, self.lane % 4
         # Even rows first: with TMA's swizzle this is free of bank conflicts.
         self.g_row = self.g % 4 * 2 + self.g // 4
-        self.lane_offset = (self.lane * 4).value
+        self.lane_offset = self.lane * 4
         self.table = emit.address(refs["table_smem"])
         slots = self.warp * tile.stages
         smem = emit.address(refs["smem"])
@@ -368,13 +369,7 @@ class Body:
 
     def decode(self, word) -> list:
         """Four bytes of codes to four pairs of numbers."""
-        lookups = "".join(
-            f"prmt.b32 a, $4, $5, {0x7604 + 16 * i}; add.u32 a, a, $6; "
-            f"ld.shared.b32 ${i}, [a]; "
-            for i in range(4)
-        )
-        table, lane = self.table.value, self.lane_offset
-        return emit.ptx("{.reg .b32 a; " + lookups + "}", word, lane, table, out="rrrr")
+        return pairs_of(word, self.lane_offset, self.table)
 
     def accumulate(self, x: emit.Int, chunk, slot, scales: list, sums: list) -> list:
         """Adds one chunk's products to `sums`."""

@@ -9,6 +9,7 @@ some units ahead. Sums of the warps meet in shared memory, a batch of units at a
 from typing import Any
 
 from pallas_kernels import emit
+from pallas_kernels.lookup import pairs_of
 from pallas_kernels.matvec_plan import BLOCK, BLOCKS, CHUNK, CHUNK_BYTES
 from pallas_kernels.matvec_slices_plan import SlicePlan
 
@@ -292,15 +293,7 @@ class Body:
 
     def decode(self, word) -> list:
         """Four bytes of codes to four pairs of numbers."""
-        lookups = "".join(
-            f"prmt.b32 a, $4, $5, {0x7604 + 16 * i}; add.u32 a, a, $6; "
-            f"ld.shared.b32 ${i}, [a]; "
-            for i in range(4)
-        )
-        lane, table = (self.lane * 4).value, self.table.value
-        return list(
-            emit.ptx("{.reg .b32 a; " + lookups + "}", word, lane, table, out="rrrr")
-        )
+        return pairs_of(word, self.lane * 4, self.table)
 
     def multiply(self, codes: list[list], scales: list, x: list) -> list:
         """The products of a unit: four sums for each eight rows of x."""

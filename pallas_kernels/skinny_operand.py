@@ -4,6 +4,7 @@ from typing import Any
 
 from pallas_kernels import emit
 from pallas_kernels.decode import byte_table, decode_word
+from pallas_kernels.lookup import pairs_of
 from pallas_kernels.matvec_plan import BLOCK, CHUNK_BYTES
 from pallas_kernels.skinny_plan import STEPS
 from pallas_kernels.skinny_thread import Thread
@@ -209,15 +210,7 @@ class Operand(Thread):
 
     def decode(self, word) -> list:
         """Four bytes of codes to four pairs of numbers."""
-        lookups = "".join(
-            f"prmt.b32 a, $4, $5, {0x7604 + 16 * i}; add.u32 a, a, $6; "
-            f"ld.shared.b32 ${i}, [a]; "
-            for i in range(4)
-        )
-        lane, table = (self.lane * 4).value, self.table.value
-        return list(
-            emit.ptx("{.reg .b32 a; " + lookups + "}", word, lane, table, out="rrrr")
-        )
+        return pairs_of(word, self.lane * 4, self.table)
 
     def operand(self, codes: list, scales) -> list:
         """The first operand of a step: 64 features by 64 columns of a warpgroup.
