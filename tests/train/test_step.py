@@ -111,6 +111,17 @@ def test_options_of_the_compiler_are_for_many_tokens_on_a_gpu(monkeypatch):
     assert not any("SLICE" in kind for kind in graphs.split(","))
 
 
+def test_xla_knows_every_option(monkeypatch):
+    """That of the JAX that is installed: an option that has gone fails the compile."""
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        options = step_options(512, remat="offload", tune=False)
+    assert len(options) == 4
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    with pytest.raises(Exception, match="xla_gpu_none_such"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_none_such": 0})(1)
+
+
 def test_codes_stay_codes(model):
     """The frozen part holds packed codes: no weight is dequantized for the gradient."""
     _, (_, rest) = split_trainable(model)
