@@ -327,7 +327,7 @@ def finetune(args: Finetune) -> None:
         model,
         prepared.train,
         config,
-        _optimizer(args, config),
+        _optimizer(args, config, trainable),
         run=run,
         callbacks=[ProgressBar(), SaveBest(run.folder / "best", args.model, whole)],
         evaluate=evaluate if config.eval_every else None,
@@ -358,17 +358,23 @@ def _trained_dtype(args: Finetune) -> Any:
     return jnp.bfloat16 if args.lean else jnp.float32
 
 
-def _optimizer(args: Finetune, config: TrainConfig) -> Any:
+def _optimizer(args: Finetune, config: TrainConfig, trainable: Any) -> Any:
+    import jax
+
     import qlora_jax as ql
+    from qlora_jax.optim.pages import PAGE_SIZE
 
     tx = config.optimizer()
     if args.lean:
         tx = ql.with_master(tx)
     if not args.paged:
         return tx
-    # Half the gradients leave half the room for pages, so that those are slices; 8-bit
-    # states have blocks, which cannot be cut.
-    return ql.paged(tx, slice_leaves=args.lean and config.algorithm == "adamw")
+    if not args.lean or config.algorithm != "adamw":  # 8-bit states have blocks
+        return ql.paged(tx)
+    # Half the gradients leave half the room for pages, so that those are slices; each
+    # has a layer of a matrix at least, its master and two moments.
+    layers = [x.size // x.shape[0] for x in jax.tree.leaves(trainable) if x.shape]
+    return ql.paged(tx, page_size=max(PAGE_SIZE, 12 * max(layers)), slice_leaves=True)
 
 
 def _changes_base(args: Finetune) -> bool:

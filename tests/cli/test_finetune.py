@@ -3,6 +3,8 @@ import json
 import re
 import signal
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ import yaml
 from safetensors.numpy import load_file
 
 from qlora_jax.callbacks import ProgressBar
-from qlora_jax.cli.finetune import _GROUPS, Finetune, options
+from qlora_jax.cli.finetune import _GROUPS, Finetune, _optimizer, options
 from qlora_jax.cli.main import main
 from qlora_jax.cli.presets import PRESETS
+from qlora_jax.optim import pages
+from qlora_jax.train import TrainConfig
 from tests.interop.folders import write_folder
 from tests.tolerances import LEAN_LOSS
 
@@ -134,6 +138,14 @@ def test_lean_adapters_learn_alike_and_go_on_alike(place, finished, monkeypatch)
         assert main(command) == 0
     assert main(command) == 0
     assert adapter(parts) == adapter(whole)
+
+
+def test_a_lean_page_has_a_layer_at_least(monkeypatch):
+    monkeypatch.setattr(pages, "PAGE_SIZE", 2**10)
+    layers = {"a": jnp.zeros((2, 512, 128), jnp.bfloat16)}
+    args = Finetune(data=("rows.jsonl",), lean=True)
+    state = _optimizer(args, TrainConfig(), layers).init(layers)
+    assert {x.size for x in jax.tree.leaves(state)} == {1, 512 * 128}
 
 
 def test_a_finished_run_may_be_made_longer(place, finished, capsys):
