@@ -13,14 +13,13 @@ import contextlib
 import re
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from pallas_kernels import emit
+from tests.pallas_kernels.arithmetic import HALVES, compute, typed
 from tests.pallas_kernels.turns import Turns
-from tests.pallas_kernels.values import Int, NumpyOps, Ref, lop3, permute
+from tests.pallas_kernels.values import Int, NumpyOps, Ref
 
-_HALVES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
 _SHARED_BASE = 1024
 
 
@@ -144,7 +143,7 @@ class Emulator:
         """Products of the warpgroups that are here, of a tile in shared memory."""
         groups = self.mask.reshape(-1, 128)
         assert (groups.any(1) == groups.all(1)).all(), "a part of a warpgroup"
-        half, n = _HALVES[half], 2 * len(c)
+        half, n = HALVES[half], 2 * len(c)
         c = [number.copy() for number in c]
         w, g, t = (np.arange(128) // 32, np.arange(128) % 32 // 4, np.arange(128) % 4)
         for i in np.flatnonzero(groups.any(1)):
@@ -330,7 +329,7 @@ class Emulator:
         elif kind in ("ld", "st"):
             self._access(op, operands, mask, read, write)
         elif kind == "setp":
-            a, b = (self._typed(read(o), op[2]) for o in operands[1:])
+            a, b = (typed(read(o), op[2]) for o in operands[1:])
             compare = {
                 "eq": np.equal,
                 "ne": np.not_equal,
@@ -369,78 +368,7 @@ class Emulator:
             write(high, value >> np.uint32(16), mask)
         else:
             values = [read(o) for o in operands[1:]]
-            write(operands[0], self._compute(op, values), mask)
-
-    @staticmethod
-    def _typed(value, kind):
-        return value.view(np.float32) if kind == "f32" else value
-
-    def _compute(self, op, values):
-        """Arithmetic without memory."""
-        kind, last = op[0], op[-1]
-        f32 = [v.view(np.float32) for v in values if v.dtype == np.uint32]
-        with np.errstate(all="ignore"):
-            if kind == "cvt":
-                return self._convert(op, values, f32)
-            if kind == "fma" and last.endswith("x2"):
-                half = _HALVES[last[:-2]]
-                a, b, c = (v.view(half).astype(np.float64) for v in values)
-                return (a * b + c).astype(half).view(np.uint32)
-            if kind == "max" and last.endswith("x2"):
-                a, b = (v.view(_HALVES[last[:-2]]) for v in values)
-                if op[1:3] == ["xorsign", "abs"]:
-                    sign = (values[0] ^ values[1]) & np.uint32(0x80008000)
-                    return np.fmax(abs(a), abs(b)).view(np.uint32) | sign
-                return np.fmax(a, b).view(np.uint32)
-            if last == "f32" and kind != "mov":
-                return {
-                    "add": lambda a, b: a + b,
-                    "mul": lambda a, b: a * b,
-                    "div": lambda a, b: a / b,
-                    "sqrt": np.sqrt,
-                    "max": np.fmax,
-                    "min": np.fmin,
-                    "abs": np.abs,
-                    "rcp": lambda a: np.float32(1) / a,
-                    "fma": lambda a, b, c: self._fma(op[1], a, b, c),
-                }[kind](*f32)
-            return {
-                "mov": lambda a: a,
-                "add": lambda a, b: a + b,
-                "sub": lambda a, b: a - b,
-                "min": np.minimum,
-                "max": np.maximum,
-                "and": lambda a, b: a & b,
-                "or": lambda a, b: a | b,
-                "shl": lambda a, b: a << b,
-                "shr": lambda a, b: a >> b,
-                "mad": lambda a, b, c: a * b + c,
-                "bfe": lambda a, b, c: (a >> b) & ((np.uint32(1) << c) - np.uint32(1)),
-                "prmt": permute,
-                "lop3": lop3,
-            }[kind](*values)
-
-    @staticmethod
-    def _fma(rounding, a, b, c):
-        exact = a.astype(np.float64) * b + c  # exact enough: 24 bits times 24, plus one
-        rounded = exact.astype(np.float32)
-        if rounding == "rm":
-            above = rounded.astype(np.float64) > exact
-            rounded = np.where(
-                above, np.nextafter(rounded, np.float32(-np.inf)), rounded
-            )
-        return rounded.astype(np.float32)
-
-    @staticmethod
-    def _convert(op, values, f32):
-        if op[-2].endswith("x2"):  # the first operand goes to the high half
-            half = _HALVES[op[-2][:-2]]
-            high, low = (f.astype(half).view(np.uint16).astype(np.uint32) for f in f32)
-            return high << np.uint32(16) | low
-        if op[-1] == "f32":
-            return f32[0].astype(_HALVES[op[-2]]).view(np.uint16).astype(np.uint32)
-        number = values[0].astype(np.uint16).view(_HALVES[op[-1]])
-        return number.astype(np.float32)
+            write(operands[0], compute(op, values), mask)
 
     def _access(self, op, operands, mask, read, write):
         """Loads and stores of one to four registers."""
@@ -600,7 +528,7 @@ class Emulator:
         assert (
             mask.reshape(-1, 32).any(1).tolist() == mask.reshape(-1, 32).all(1).tolist()
         )
-        half = _HALVES[op[-2]]
+        half = HALVES[op[-2]]
         d, a, b, c = ([n.strip() for n in o.strip("{}").split(",")] for o in operands)
         warps = self.threads // 32
         g, t = np.arange(32) // 4, np.arange(32) % 4
