@@ -227,7 +227,8 @@ def in_process(case: Case, *, memory_cap_gb: float | None = None) -> dict:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
+        # What went wrong may stand above a long trace of calls.
+        raise RuntimeError(done.stderr[-20_000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 

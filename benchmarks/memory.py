@@ -102,10 +102,13 @@ def measure(case: finetune.Case, aim: float, room: Room) -> dict:
             held = finetune.in_process(case, memory_cap_gb=aim)
         return row | held | {"fits": True}
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        lines = str(error).splitlines()
+        refused = [line for line in lines if "RESOURCE_EXHAUSTED" in line]
+        if not refused:
             raise
     with room.of(1.2 * aim + OUTSIDE_GB):
-        return row | finetune.in_process(case) | {"fits": False}
+        without = finetune.in_process(case)
+    return row | without | {"fits": False, "refused": refused[-1]}
 
 
 def main() -> None:
@@ -130,7 +133,7 @@ def main() -> None:
             try:
                 row = run.result()
             except RuntimeError as error:
-                print(f"{name:<26} failed\n{error}", flush=True)
+                print(f"{name:<26} failed\n{str(error)[-2000:]}", flush=True)
                 continue
             rows.append(row)
             rows.sort(key=lambda row: row["aim_gb"])
