@@ -135,11 +135,12 @@ def add_lora(
             init=init,
             quantize=quantize,
             path=path,
+            dtype=dtype,
         )
         lt = LoraTensor(
             w,
-            a.astype(dtype),
-            b.astype(dtype),
+            a,
+            b,
             alpha=float(alphas[path]),
             dropout=float(dropout),
             rslora=rslora,

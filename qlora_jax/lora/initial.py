@@ -13,7 +13,7 @@ from qlora_jax.lora.places import is_weight
 from qlora_jax.quant import QuantizedTensor, dequantize, quantize
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Key
+    from jaxtyping import Array, Float, Key, Shaped
 
 
 @runtime_checkable
@@ -71,6 +71,24 @@ def orthogonal(
     a = exact_product(half_a, q[..., 0::2, :]) / 10
     b = exact_product(jnp.swapaxes(q[..., 1::2, :], -1, -2), half_b) / 10
     return a, b
+
+
+def _with_zeros(draw: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Of a way to draw `a` makes one that also gives `b`, zero."""
+
+    def begin(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        *stack, n_in, rank, n_out = shape
+        return draw(key, (*stack, n_in, rank)), jnp.zeros((*stack, rank, n_out))
+
+    return begin
+
+
+# From a key and [*stack, in, rank, out].
+_DRAWN: dict[str, Callable[..., Any]] = {
+    "kaiming": _with_zeros(kaiming_uniform),
+    "gaussian": _with_zeros(gaussian),
+    "orthogonal": orthogonal,
+}
 
 
 def pissa(
@@ -161,7 +179,8 @@ def initialised(
     init: Init,
     quantize: str | None,
     path: str,
-) -> "tuple[Any, Float[Array, '*stack in rank'], Float[Array, '*stack rank out']]":
+    dtype: Any = jnp.float32,
+) -> "tuple[Any, Shaped[Array, '*stack in rank'], Shaped[Array, '*stack rank out']]":
     """Returns the base, `a` and `b` with which a weight's adapter begins.
 
     Args:
@@ -172,6 +191,7 @@ def initialised(
         init: see `add_lora`.
         quantize: the format to hold the base in, or None for as it is.
         path: what the weight is called in errors.
+        dtype: of `a` and `b`, which are computed in float32.
 
     Returns:
         The three; the base is `w` itself where nothing is to be done to it.
@@ -190,17 +210,22 @@ def initialised(
     if looks_at_weight:
         begin = init if callable(init) else _FROM_WEIGHT[init]
         options = {"rank": rank, "scale": scale, "format": quantize}
-        return by_matrix(begin, w, depth=len(stack), **options)
-    if init == "orthogonal":
-        a, b = orthogonal(key, (*stack, n_in, rank, n_out))
-    elif init == "kaiming" or init == "gaussian":
-        draw = kaiming_uniform if init == "kaiming" else gaussian
-        a = draw(key, (*stack, n_in, rank))
-        b = jnp.zeros((*stack, rank, n_out))
-    else:
-        known = ["kaiming", "gaussian", "orthogonal", *_FROM_WEIGHT]
-        raise ValueError(f"{init=} must be one of {', '.join(known)}, or a function.")
+        base, a, b = by_matrix(begin, w, depth=len(stack), **options)
+        return base, a.astype(dtype), b.astype(dtype)
+    if init not in _DRAWN:
+        known = ", ".join([*_DRAWN, *_FROM_WEIGHT])
+        raise ValueError(f"{init=} must be one of {known}, or a function.")
+    a, b = _drawn(key, init, (*stack, n_in, rank, n_out), jnp.dtype(dtype))
     return _quantized(w, quantize), a, b
+
+
+# One program: beside a model that fills the device there is no room for the float32
+# values, nor for what their going would leave in pieces.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _drawn(
+    key: "Key[Array, '']", init: str, shape: tuple[int, ...], dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    return tuple(x.astype(dtype) for x in _DRAWN[init](key, shape))
 
 
 def with_magnitude(lt: LoraTensor, dtype: Any = jnp.float32) -> LoraTensor:

@@ -155,3 +155,11 @@ def test_wrong_calls():
     for options in ({"init": "pissa"}, {"quantize": "nf4"}):
         with pytest.raises(ValueError, match="'w_proj' is quantized already"):
             add(quantize(W), **options)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal"])
+def test_lean_values_are_the_float32_ones_rounded(init):
+    exact, lean = add(init=init), add(init=init, dtype=jnp.bfloat16)
+    for got, wanted in ((lean.a, exact.a), (lean.b, exact.b)):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(got, wanted.astype(jnp.bfloat16))
