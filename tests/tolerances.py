@@ -28,6 +28,11 @@ LOGITS_RELATIVE = {"float32": 1e-5, "bfloat16": 5e-2}
 # Cosine of each adapter's gradient, bfloat16 through 4 bits against float32.
 STEP_COSINE = 0.9995
 
+# The same of two policies of recomputation at the same parameters, and their losses
+# over eight steps.
+POLICY_COSINE = 0.99999
+POLICY_CURVE_RELATIVE = 5e-4
+
 # Held-out loss after training with bfloat16 adapters and float32 masters, against
 # float32 adapters.
 LEAN_LOSS = 0.01

@@ -17,7 +17,7 @@ from qlora_jax.train import (
     next_token_loss_sum,
     step_options,
 )
-from tests.tolerances import STEP_COSINE
+from tests.tolerances import POLICY_COSINE, POLICY_CURVE_RELATIVE, STEP_COSINE
 from tests.train.exact import cosines, gradient, models
 
 pytestmark = pytest.mark.gpu
@@ -30,6 +30,7 @@ CONFIG = LlamaConfig(
     num_heads=16,
     num_kv_heads=4,
 )
+WIDE = dataclasses.replace(SHAPES["Llama-3-8B"], num_layers=2, vocab_size=4096)
 
 
 def batch(rows, seq, packed=False):
@@ -80,10 +81,9 @@ def test_what_waits_on_the_host_comes_back_as_it_was():
         assert cosine >= STEP_COSINE, path
 
 
-def trained(remat, tx, steps=6):
+def trained(remat, tx, steps=8):
     """Losses of a repeated batch."""
-    config = dataclasses.replace(SHAPES["Llama-3-8B"], num_layers=2, vocab_size=4096)
-    model = ql.add_lora(random_model(config), rank=16, alpha=16, key=jax.random.key(0))
+    model = ql.add_lora(random_model(WIDE), rank=16, alpha=16, key=jax.random.key(0))
     trainable, frozen = committed(ql.split_trainable(model))
     state = committed(tx.init(trainable))
 
@@ -101,10 +101,46 @@ def trained(remat, tx, steps=6):
 
 
 def test_every_policy_learns_alike():
-    tx = optax.adamw(1e-3)
+    # Training amplifies rounding, by 20 a step at a rate of 1e-3: there an initial
+    # value nudged by 1e-6 moves the sixth loss by 1e-3, at this rate by 1e-5.
+    tx = optax.adamw(2e-4)
     curves = {r: trained(r, tx) for r in ("none", "full", "attention", "offload")}
     curves["paged"] = trained("full", ql.paged(tx, min_size=1))
     first = np.array(curves["none"])
-    assert np.isfinite(first).all() and first[-1] < first[0] - 0.01
+    assert np.isfinite(first).all() and first[-1] < first[0] - 0.1
     for name, losses in curves.items():
-        np.testing.assert_allclose(losses, first, rtol=5e-3, err_msg=name)
+        np.testing.assert_allclose(
+            losses, first, rtol=POLICY_CURVE_RELATIVE, err_msg=name
+        )
+
+
+def test_every_policy_gives_the_gradients_of_the_others_along_the_way():
+    model = ql.add_lora(random_model(WIDE), rank=16, alpha=16, key=jax.random.key(0))
+    trainable, frozen = committed(ql.split_trainable(model))
+    tx = optax.adamw(1e-3)
+    state = tx.init(trainable)
+
+    def compiled(remat):
+        def loss(trainable, frozen):
+            model = ql.join_trainable(trainable, frozen)
+            return next_token_loss(model, batch(4, 512), remat=remat)
+
+        options = step_options(2048, remat=remat)
+        return jax.jit(jax.value_and_grad(loss), compiler_options=options)
+
+    @jax.jit
+    def update(trainable, state, gradients):
+        updates, state = tx.update(gradients, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    none, *others = (compiled(r) for r in ("none", "full", "attention", "offload"))
+    loss, expected = none(trainable, frozen)
+    for _ in range(4):
+        # After a step, since b is zero before and with it the gradient of a.
+        trainable, state = update(trainable, state, expected)
+        loss, expected = none(trainable, frozen)
+        for policy in others:
+            same, found = policy(trainable, frozen)
+            assert abs(same - loss) <= 1e-6 * loss
+            for path, cosine in cosines(found, expected).items():
+                assert cosine >= POLICY_COSINE, path
