@@ -61,7 +61,7 @@ class Case:
 
 CASES = [
     Case("none 4x2048", 4, 2048, "none", unroll=True),
-    Case("full 4x2048", 4, 2048, "full", unroll=True, chunk_size=512),
+    Case("full 4x2048", 4, 2048, "full", unroll=True, chunk_size=1024),
     Case("offload 4x2048", 4, 2048, "offload", chunk_size=512),
     Case("offload paged 4x2048", 4, 2048, "offload", "paged", chunk_size=512),
     Case("attention 4x2048", 4, 2048, "attention"),

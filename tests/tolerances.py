@@ -17,6 +17,9 @@ ULP_SLICED_OPTIMIZER = 2
 # An update of the fused 8-bit step against its rule: ten roundings, or the type's.
 FUSED_UPDATE_RELATIVE = {"float32": 6e-7, "bfloat16": 2**-7, "float16": 2**-10}
 
+# Float32 arithmetic of a few units in the last place, then one rounding.
+ROUNDED_ONCE_RELATIVE = {"bfloat16": 1.01 * 2**-8, "float16": 1.01 * 2**-11}
+
 # Mean |error| of N(0, 1) data, block 64, float32 absmax, at 2**20 samples: published by
 # the authors of bitsandbytes (nf4, fp4); the spread of the sample mean is about 6e-5.
 MEAN_ABS_ERROR = {"nf4": 0.072798, "fp4": 0.096543}

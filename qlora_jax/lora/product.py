@@ -38,6 +38,7 @@ class Whole:
     x: Leaf
 
     early: ClassVar[bool] = True
+    keeps_low_rank: ClassVar[bool] = True
 
     def whole(self) -> Leaf:
         """The array."""
@@ -65,8 +66,9 @@ def adapted_products(
     """Returns onto + x @ w_i + (x @ a_i) @ b_i · scale_i for each weight.
 
     Args:
-        x: [*batch, k], or a value of a model that has `whole`,
-            `project_transposed`, `pull` and `early`.
+        x: [*batch, k], or a value of a model that has `whole`, `early`,
+            `keeps_low_rank` and either `project_transposed` and `pull` or, not early,
+            `pull_with_whole`; see `models.inputs`.
         bases: the weights w_i [k, n_i], frozen.
         a: [k, r_i], of any float type; rounded to that of x.
         b: [r_i, n_i].
@@ -107,7 +109,7 @@ def _products_fwd(static, x, onto, bases, a, b):
     for w, part, one in zip(bases, _split(h, b), b, strict=True):
         added = part @ one if onto is None else onto + part @ one
         ys.append(named(whole @ _after(whole, w) + added).reshape(*batch, -1))
-    return ys, (x, bases, a, b, h, onto is None)
+    return ys, (x, bases, a, b, h if x.keeps_low_rank else None, onto is None)
 
 
 def _products_bwd(static, residuals, dys):
@@ -115,16 +117,20 @@ def _products_bwd(static, residuals, dys):
     x, bases, a, b, h, alone = residuals
     batch, rows = dys[0].shape[:-1], [_rows(dy) for dy in dys]
     dh = jnp.concatenate([dy @ one.T for dy, one in zip(rows, b, strict=True)], axis=-1)
-    pairs = zip(_split(h, b), rows, strict=True)
-    db = [over_rows(part, dy) for part, dy in pairs]
-    db = [one * scale for one, scale in zip(db, scales, strict=True)]
     dx = dh @ a.T
     for dy, w in zip(rows, bases, strict=True):
         dx = transposed_product(dy, _after(dy, w)) + dx
     dx, dh = (one.reshape(*batch, -1) for one in (dx, dh))
-    if not x.early:
-        dx = x.pull(dx)
-    da = _split(x.project_transposed(dh), b)
+    if x.early:
+        da = x.project_transposed(dh)
+    else:
+        dx, whole = x.pull_with_whole(dx)
+        da = over_rows(whole, dh)
+        h = _rows(whole) @ a if h is None else h
+    da = _split(da, b)
+    pairs = zip(_split(h, b), rows, strict=True)
+    db = [over_rows(part, dy) for part, dy in pairs]
+    db = [one * scale for one, scale in zip(db, scales, strict=True)]
     da, db = (
         [one.astype(dtype) for one, dtype in zip(ones, types, strict=True)]
         for ones, types in ((da, dtypes[: len(da)]), (db, dtypes[len(da) :]))

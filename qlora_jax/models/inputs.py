@@ -5,14 +5,18 @@ memory each time it is computed. A product that is given the parts may compute i
 that is cheapest, and its backward needs no copy of it. Whoever wants the array calls
 `whole`. Each of these values has
 
-    whole()                 the array
-    project_transposed(dh)  whole().T @ dh over all rows, float32
-    pull(d)                 the gradients of the parts, given that of the array; a value
-                            of the same type
-    early                   whether `project_transposed` had better be computed before
-                            `pull`, since it has little in common with it
+    whole()                   the array
+    project_transposed(dh)    whole().T @ dh over all rows, float32
+    pull(d)                   the gradients of the parts, given that of the array; a
+                              value of the same type
+    early                     whether the last two are there. Values that are not early
+                              have, where the array comes with the gradients, instead
+    pull_with_whole(d)        the gradients of the parts, and the array
+    keeps_low_rank            whether an adapter's first product, whole() @ a, had
+                              better be kept than computed again from that array
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, ClassVar
@@ -21,7 +25,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import tuning
 from qlora_jax.over_rows import over_rows
+
+# Numbers of an array from which the gate's backward is a kernel: a thousand tokens.
+_LARGE = 2**24
 
 
 @functools.partial(
@@ -42,6 +50,7 @@ class Normed:
     eps: float
 
     early: ClassVar[bool] = True
+    keeps_low_rank: ClassVar[bool] = True
 
     def whole(self) -> jax.Array:
         """[*b, d] in the type of x, computed in float32."""
@@ -96,10 +105,13 @@ class Gated:
     Attributes:
         gate: [*b, m].
         up: [*b, m].
+        keeps_low_rank: see above; not where gate and up are computed again in the
+            backward: then the array would have to be too.
     """
 
     gate: Any
     up: Any
+    keeps_low_rank: bool = dataclasses.field(default=True, metadata={"static": True})
 
     early: ClassVar[bool] = False
 
@@ -107,14 +119,26 @@ class Gated:
         """[*b, m]."""
         return _gated(self.gate, self.up)
 
-    def project_transposed(self, dh: jax.Array) -> jax.Array:
-        """whole()ᵀ @ dh: the array is computed again, in one pass with `pull`."""
-        return over_rows(self.whole(), dh)
+    def pull_with_whole(self, d: jax.Array) -> "tuple[Gated, jax.Array]":
+        """The gradients of gate and up, and the array, in one pass.
 
-    def pull(self, d: jax.Array) -> "Gated":
-        """The gradients of gate and up."""
-        return Gated(*jax.vjp(_gated, self.gate, self.up)[1](d))
+        Where the arrays are large, so that they and what is made of them are most of
+        what is in memory, each result takes the place of what it is computed from.
+        """
+        dgate, dup, whole = _gate_backward(self.gate, self.up, d)
+        return dataclasses.replace(self, gate=dgate, up=dup), whole
 
 
 def _gated(gate, up):
     return jax.nn.silu(gate) * up
+
+
+def _gate_backward(gate, up, d):
+    """The gradients of gate and up, given that of `_gated`, and what that gives."""
+    if gate.size >= _LARGE and tuning.has_hopper() and jax.device_count() == 1:
+        from pallas_kernels import gate_kernel  # the GPU part of Pallas
+
+        with contextlib.suppress(NotImplementedError):
+            return gate_kernel.gate_backward(gate, up, d)
+    whole, pull = jax.vjp(_gated, gate, up)
+    return *pull(d), whole

@@ -230,7 +230,8 @@ class Layer(nnx.Module):
             x: the residual stream.
             rotation: cosine and sine of the angles of each token.
             attend: (q, k, v) -> the attention, with its mask.
-            mlp_rows: tokens that go through the MLP at a time; None for all.
+            mlp_rows: tokens that go through the MLP at a time, where it is computed
+                again in the backward; None where it is kept.
             keep: what the values that may be kept for the backward go through.
         """
         shape = x.shape
@@ -250,14 +251,21 @@ class Layer(nnx.Module):
         mixed = mixed.reshape(*x.shape[:-1], -1)
         (x,) = self._project(mixed, "o_proj", onto=x)
         x = keep(x, "residual")
-        return self._in_chunks(self._mlp, x, mlp_rows).reshape(shape)
+        mlp = functools.partial(self._mlp, kept=mlp_rows is None)
+        return self._in_chunks(mlp, x, mlp_rows).reshape(shape)
 
-    def _mlp(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b d']":
-        """Returns x and what the MLP adds to it."""
+    def _mlp(self, x: "Float[Array, '*b d']", *, kept: bool) -> "Float[Array, '*b d']":
+        """Returns x and what the MLP adds to it.
+
+        Args:
+            x: the residual stream.
+            kept: whether gate and up are kept for the backward, as far as `keep` goes,
+                and not computed again.
+        """
         scale = self.post_attention_layernorm[...]
         read = Normed(x, scale, self.config.norm_eps)
         gate, up = self._project(read, "gate_proj", "up_proj", name="gate_up")
-        (x,) = self._project(Gated(gate, up), "down_proj", onto=x)
+        (x,) = self._project(Gated(gate, up, kept), "down_proj", onto=x)
         return x
 
     def _is_rowwise(self, names: "Iterable[str]") -> bool:

@@ -62,9 +62,12 @@ def run_layers(
     if not unroll:
         return lax.scan(lambda x, slices: (body(x, slices), None), x, stack)[0]
     leaves, treedef = jax.tree.flatten(stack)
-    for slices in zip(*map(_unstacked, leaves), strict=True):
+    *others, last = zip(*map(_unstacked, leaves), strict=True)
+    for slices in others:
         x = body(x, treedef.unflatten(slices))
-    return x
+    # The backward begins with the last layer, when what it would compute again has
+    # only just been computed: to keep it takes no memory that is not needed anyway.
+    return _rematerialised(named, "none", prevent_cse=True)(x, treedef.unflatten(last))
 
 
 def _unstacked(x: jax.Array) -> list[jax.Array]:

@@ -129,13 +129,17 @@ def test_without_recomputation_no_product_is_computed_twice(parts):
     assert count(parts, "full", "dot_general") > ONCE + BASE
 
 
-def test_of_what_is_on_the_host_no_product_is_computed_twice(parts):
+def count_backward(parts, primitive):
+    """Of a layer under `offload`, without what nobody reads."""
     found = equations(program(parts, None, "offload"))
     (loop,) = [e for e in found if e.primitive.name == "while"]
     backward = loop.params["body_jaxpr"].jaxpr
-    # Without what nobody reads, which the compiler leaves out.
     backward = partial_eval.dce_jaxpr(backward, [True] * len(backward.outvars))[0]
-    found = sum(e.primitive.name == "dot_general" for e in equations(backward))
+    return sum(e.primitive.name == primitive for e in equations(backward))
+
+
+def test_of_what_is_on_the_host_no_product_is_computed_twice(parts):
+    found = count_backward(parts, "dot_general")
     # Again: gate and up, their adapters, whose first product is shared, and attention;
     # the first products of the adapters of q, k, v and of o.
     again = 2 + (1 + 2) + ATTENTION + (1 + 1)
@@ -165,6 +169,28 @@ def test_what_is_kept_of_a_layer_is_on_the_host(parts):
     planned = plan_memory(CONFIG, train, dtype="float32", paged=False).host
     found = sum(aval.size * aval.dtype.itemsize for aval in outputs)
     assert planned == {"activations": found}
+
+
+@pytest.mark.parametrize("remat", ["full", "attention"])
+def test_the_gate_is_computed_twice_and_not_three_times(parts, remat):
+    # Forward, and with its gradients, from which comes what down's adapter reads.
+    assert count(parts, remat, "logistic") == 2
+
+
+def test_the_gate_of_what_is_on_the_host_is_computed_once_more(parts):
+    assert count_backward(parts, "logistic") == 1
+
+
+def test_the_last_of_the_layers_one_by_one_is_not_recomputed(parts):
+    trainable, frozen = parts
+
+    def products(remat):
+        f = jax.grad(lambda t: loss(t, frozen, None, remat, unroll=True))
+        found = equations(jax.make_jaxpr(f)(trainable).jaxpr)
+        return sum(e.primitive.name == "dot_general" for e in found)
+
+    again = products("full") - products("none")
+    assert 0 < again < count(parts, "full", "dot_general")
 
 
 def test_layers_one_by_one_are_no_loop(parts):

@@ -40,6 +40,7 @@ def compute(op, values):
                 "min": np.fmin,
                 "abs": np.abs,
                 "rcp": lambda a: np.float32(1) / a,
+                "ex2": np.exp2,
                 "fma": lambda a, b, c: _fma(op[1], a, b, c),
             }[kind](*f32)
         return {
