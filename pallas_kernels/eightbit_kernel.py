@@ -25,6 +25,7 @@ from pallas_kernels.eightbit_body import (
     smem_bytes,
     table_operand,
 )
+from pallas_kernels.whole import whole
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32
@@ -155,11 +156,13 @@ def _flat_step(emitter, codebooks, g, factors, *state):
     @jax.custom_batching.sequential_vmap
     def run(g, factors, *state):
         table = jnp.asarray(table_operand(codebooks))
+        state = whole(state)
 
         def in_place(refs):
             update, *state = refs
             update[...] = kernel(g, factors, table, *state)
 
-        return pl.run_state(in_place)((jax.lax.empty(g.shape, g.dtype), *state))
+        results = pl.run_state(in_place)((jax.lax.empty(g.shape, g.dtype), *state))
+        return whole(results)
 
     return run(g, factors, *state)

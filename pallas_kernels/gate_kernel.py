@@ -21,6 +21,7 @@ from pallas_kernels.gate_body import (
     THREADS,
     GateBackward,
 )
+from pallas_kernels.whole import whole
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -98,6 +99,6 @@ def _flat(gate, up, d):
     # A batch, which the kernel has no axis for, is computed one after another.
     @jax.custom_batching.sequential_vmap
     def run(*arrays):
-        return pl.run_state(lambda refs: kernel(*refs))(arrays)
+        return whole(pl.run_state(lambda refs: kernel(*refs))(whole(arrays)))
 
     return run(gate, up, d)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 
 from qlora_jax.models import LlamaConfig
+from qlora_jax.models.inputs import LARGE
 from qlora_jax.optim.pages import PAGE_SIZE, plan_pages
 from qlora_jax.quant import FORMATS
 from qlora_jax.train import TrainConfig
@@ -186,9 +187,11 @@ def _layer_bytes(config: LlamaConfig, train: TrainConfig, width: int) -> int:
     most = 2 * _MLP_ROWS if train.remat == "offload" else _MLP_ROWS
     chunked = train.remat != "none" and tokens % most == 0 and not train.dropout
     rows = min(tokens, most) if chunked else tokens
-    # gate, up, the gradient of their product, and those of both; of the hidden size:
-    # the input, q, k, v, what attention gives, two normed, and a gradient.
-    wide = 2 if train.remat == "none" else 5
+    # gate, up, the gradient of their product, and those of both, which where arrays are
+    # large take the places of others; of the hidden size: the input, q, k, v, what
+    # attention gives, two normed, and a gradient.
+    in_place = rows * config.intermediate_size >= LARGE and width == 2
+    wide = 2 if train.remat == "none" else 3 if in_place else 5
     thin = 4 if train.remat == "none" else 8
     adapters = _adapter_numbers(config, train.rank) // config.num_layers
     return (

@@ -28,8 +28,8 @@ from jax import lax
 from pallas_kernels import tuning
 from qlora_jax.over_rows import over_rows
 
-# Numbers of an array from which the gate's backward is a kernel: a thousand tokens.
-_LARGE = 2**24
+# Numbers of an array from which the gate's backward is a kernel, some thousand tokens.
+LARGE = 2**24
 
 
 @functools.partial(
@@ -105,7 +105,7 @@ class Gated:
     Attributes:
         gate: [*b, m].
         up: [*b, m].
-        keeps_low_rank: see above; not where gate and up are computed again in the
+        keeps_low_rank: see above. False where gate and up are computed again in the
             backward: then the array would have to be too.
     """
 
@@ -122,10 +122,12 @@ class Gated:
     def pull_with_whole(self, d: jax.Array) -> "tuple[Gated, jax.Array]":
         """The gradients of gate and up, and the array, in one pass.
 
-        Where the arrays are large, so that they and what is made of them are most of
-        what is in memory, each result takes the place of what it is computed from.
+        Where the arrays are large and were computed for this, each result takes the
+        place of what it is computed from: they are most of what is in memory then.
+        (What was kept is read out of a stack of layers, where it cannot be replaced.)
         """
-        dgate, dup, whole = _gate_backward(self.gate, self.up, d)
+        pull = _gate_backward if self.keeps_low_rank else _gate_backward_in_place
+        dgate, dup, whole = pull(self.gate, self.up, d)
         return dataclasses.replace(self, gate=dgate, up=dup), whole
 
 
@@ -135,10 +137,15 @@ def _gated(gate, up):
 
 def _gate_backward(gate, up, d):
     """The gradients of gate and up, given that of `_gated`, and what that gives."""
-    if gate.size >= _LARGE and tuning.has_hopper() and jax.device_count() == 1:
+    whole, pull = jax.vjp(_gated, gate, up)
+    return *pull(d), whole
+
+
+def _gate_backward_in_place(gate, up, d):
+    """The same, by the kernel where there is one."""
+    if gate.size >= LARGE and tuning.has_hopper() and jax.device_count() == 1:
         from pallas_kernels import gate_kernel  # the GPU part of Pallas
 
         with contextlib.suppress(NotImplementedError):
             return gate_kernel.gate_backward(gate, up, d)
-    whole, pull = jax.vjp(_gated, gate, up)
-    return *pull(d), whole
+    return _gate_backward(gate, up, d)
