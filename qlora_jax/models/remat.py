@@ -12,8 +12,8 @@ from qlora_jax.models.offload import KeepingLayer, run_offloaded
 # What is kept of a layer for the backward pass; the rest is recomputed.
 #   none       what products and attention give, so that nothing that takes long is
 #              computed twice: norms, rotations and the gate's nonlinearity are
-#   full       its input
-#   attention  its input and what attention gives
+#   full       its input; compiled one by one, of the last layer what `none` keeps
+#   attention  its input and what attention gives; the last layer likewise
 #   offload    its input, q, k, v and the residual stream in the middle, in the host's
 #              memory; the MLP and attention itself are recomputed
 Remat = Literal["none", "full", "attention", "offload"]
