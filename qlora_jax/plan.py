@@ -96,8 +96,12 @@ def plan_memory(
     adapter_bytes = width if lean else 4
     state = trained * (_STATE_BYTES[train.algorithm] + (4 if lean else 0))
     kept, on_host = _kept_activations(config, train, width)
-    working = max(_layer_bytes(config, train, width), _loss_bytes(config, train, width))
+    loss = _loss_bytes(config, train, width) + _last_layer_bytes(config, train, width)
+    working = max(_layer_bytes(config, train, width), loss)
     during_layers = kept + working
+    if _one_by_one(train):
+        # Gradients come as activations go, and the most is there before the first.
+        during_layers -= trained * adapter_bytes
     device = {
         f"frozen weights, {quantize or dtype}": _frozen(numbers, quantize, double_quant)
         if quantize
@@ -181,12 +185,40 @@ def _kept_activations(
     raise ValueError(f"{train.remat=} is unknown.")
 
 
+def _one_by_one(train: TrainConfig) -> bool:
+    """Whether layers that are computed again are compiled one by one."""
+    return train.unroll and train.remat in ("full", "attention")
+
+
+def _last_layer_bytes(config: LlamaConfig, train: TrainConfig, width: int) -> int:
+    """Bytes that the last layer keeps while the loss is computed, beside others'.
+
+    Where layers are compiled one by one it keeps what those of `none` do; not of an MLP
+    that is cut.
+    """
+    if not _one_by_one(train):
+        return 0
+    one = dataclasses.replace(config, num_layers=1)
+    every = dataclasses.replace(train, remat="none")
+    kept = _kept_activations(one, every, width)[0]
+    kept -= _kept_activations(one, train, width)[0]
+    if _mlp_rows(train) < _tokens(train):
+        kept -= _tokens(train) * 2 * config.intermediate_size * width
+    return kept
+
+
+def _mlp_rows(train: TrainConfig) -> int:
+    """Tokens that go through the MLP at a time."""
+    tokens = _tokens(train)
+    has_room = train.unroll or train.remat == "offload"
+    most = 2 * _MLP_ROWS if has_room else _MLP_ROWS
+    chunked = train.remat != "none" and tokens % most == 0 and not train.dropout
+    return min(tokens, most) if chunked else tokens
+
+
 def _layer_bytes(config: LlamaConfig, train: TrainConfig, width: int) -> int:
     """Bytes of the backward of one layer."""
-    tokens = _tokens(train)
-    most = 2 * _MLP_ROWS if train.remat == "offload" else _MLP_ROWS
-    chunked = train.remat != "none" and tokens % most == 0 and not train.dropout
-    rows = min(tokens, most) if chunked else tokens
+    tokens, rows = _tokens(train), _mlp_rows(train)
     # gate, up, the gradient of their product, and those of both, which where arrays are
     # large take the places of others; of the hidden size: the input, q, k, v, what
     # attention gives, two normed, and a gradient.

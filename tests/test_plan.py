@@ -32,6 +32,12 @@ COMPILED = [
 # And of Llama-3-8B that of benchmarks/finetune.py.
 COMPILED_LONG = [
     (LONG, {"paged": False}, 11.458),
+    (dataclasses.replace(LONG, unroll=True), {"paged": False}, 11.310),
+    (
+        dataclasses.replace(LONG, unroll=True, chunk_size=1024),
+        {"paged": False},
+        11.708,
+    ),
     (OFFLOADED, {"paged": False}, 9.538),
     (OFFLOADED, {}, 8.195),
     (dataclasses.replace(LONG, remat="none"), {"paged": False}, 33.957),
