@@ -204,7 +204,8 @@ def _last_layer_bytes(config: LlamaConfig, train: TrainConfig, width: int) -> in
     kept -= _kept_activations(one, train, width)[0]
     if _mlp_rows(train) < _tokens(train):
         kept -= _tokens(train) * 2 * config.intermediate_size * width
-    return kept
+    # And the hidden states that the loss reads, and their gradient.
+    return kept + 2 * _tokens(train) * config.hidden_size * width
 
 
 def _mlp_rows(train: TrainConfig) -> int:
