@@ -6,13 +6,14 @@ lane (entry `c` of lane `l` at byte `128 c + 4 l`: no bank conflicts), multiplie
 the block's scale and rounded once. A double-quantized scale takes its two roundings.
 """
 
-import itertools
 from typing import Any
 
 import jax.numpy as jnp
 
 from pallas_kernels import emit
 from pallas_kernels.packed import PackedSpec
+from pallas_kernels.stream import stream
+from pallas_kernels.words import half_of, narrow
 
 THREADS = 256
 BLOCKS_OF_THREADS = 132 * 8
@@ -39,7 +40,7 @@ class Dequantize:
     def __init__(self, spec: PackedSpec, dtype, refs: dict[str, Any]):
         self.spec, self.refs = spec, refs
         self.bits = jnp.dtype(dtype).itemsize * 8
-        self.half = "bf16" if dtype == jnp.bfloat16 else "f16"
+        self.half = half_of(dtype)
         self.tid = emit.thread_index()
         self.lane = self.tid % 32
         self.pieces = spec.n * spec.k // PIECE
@@ -85,21 +86,9 @@ class Dequantize:
 
     def run(self):
         """Goes through the pieces, several at once."""
-        stride = BLOCKS_OF_THREADS * THREADS
         first = emit.block_index() * THREADS + self.tid
-        rounds = -(-self.pieces // (stride * UNROLL))
-
-        def body(i, carry):
-            loaded = []
-            for j in range(UNROLL):
-                piece = first + (i * UNROLL + j) * stride
-                valid = emit.bit(piece < self.pieces)
-                loaded.append((piece, valid, self.load(piece, valid)))
-            for piece, valid, values in loaded:
-                self.finish(piece, valid, values)
-            return carry
-
-        emit.loop(emit.const(0), emit.const(rounds), emit.const(1), [], body)
+        stride = BLOCKS_OF_THREADS * THREADS
+        stream(first, self.pieces, stride, UNROLL, self.load, self.finish)
 
     def load(self, piece: emit.Int, valid):
         """A word of codes, and what its scale is made of."""
@@ -153,13 +142,9 @@ class Dequantize:
             "{.reg .pred p; setp.ne.b32 p, $5, 0; "
             "@p st.global.v4.b32 [$0%s], {$1, $2, $3, $4};}"
         )
+        words = narrow(numbers, self.half)
         if self.bits == 32:
-            words = [emit.to_bits(v) for v in numbers]
             emit.ptx(store % "", y.value, *words[:4], valid)
             emit.ptx(store % " + 16", y.value, *words[4:], valid)
-            return
-        words = [
-            emit.ptx(f"cvt.rn.{self.half}x2.f32 $0, $2, $1;", *pair, out="r", pure=True)
-            for pair in itertools.batched(numbers, 2)
-        ]
-        emit.ptx(store % "", y.value, *words, valid)
+        else:
+            emit.ptx(store % "", y.value, *words, valid)

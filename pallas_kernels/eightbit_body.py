@@ -19,11 +19,10 @@ import functools
 import itertools
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import emit
-from pallas_kernels.widen import widen
+from pallas_kernels.words import half_of, narrow, widen
 
 Codebooks = tuple[tuple[float, ...], ...]
 
@@ -118,9 +117,7 @@ class Step:
     ):
         self.tables = [code_table(codebook) for codebook in codebooks]
         self.size, self.refs = size, refs
-        self.half = {jnp.bfloat16: "bf16", jnp.float16: "f16"}.get(
-            jnp.dtype(dtype).type
-        )
+        self.half = half_of(dtype)
         self.g_bytes = 2 if self.half else 4
         self.lane = emit.thread_index() % 32
         self.warps = blocks_of_threads * (THREADS // 32)
@@ -276,15 +273,7 @@ class Step:
     def write_update(self, index: emit.Int, valid, updates: list):
         """Writes four updates in the type of the gradient."""
         place = emit.address(self.refs["update"]) + index.wide() * self.g_bytes
-        if self.half is None:
-            words = [emit.to_bits(update) for update in updates]
-        else:
-            words = [
-                emit.ptx(
-                    f"cvt.rn.{self.half}x2.f32 $0, $2, $1;", *pair, out="r", pure=True
-                )
-                for pair in itertools.batched(updates, 2)
-            ]
+        words = narrow(updates, self.half)
         count = len(words)
         values = ", ".join(f"${i + 1}" for i in range(count))
         emit.ptx(

@@ -8,10 +8,9 @@ in memory and float32 in between; each result is rounded once.
 import itertools
 from typing import Any
 
-import jax.numpy as jnp
-
 from pallas_kernels import emit
-from pallas_kernels.widen import widen
+from pallas_kernels.stream import stream
+from pallas_kernels.words import half_of, narrow, widen
 
 THREADS = 256
 BLOCKS_A_MULTIPROCESSOR = 4
@@ -34,30 +33,30 @@ class GateBackward:
 
     def __init__(self, size: int, dtype, grid: int, refs: dict[str, Any]):
         self.pieces, self.grid = size // PIECE, grid
-        self.half = "bf16" if dtype == jnp.bfloat16 else "f16"
+        self.half = half_of(dtype)
         self.arrays = [emit.address(refs[name]) for name in ARRAYS]
 
     def build(self):
         """Goes through the pieces, several at once."""
-        stride = self.grid * THREADS
         first = emit.block_index() * THREADS + emit.thread_index()
-        rounds = -(-self.pieces // (stride * UNROLL))
+        stride = self.grid * THREADS
+        stream(first, self.pieces, stride, UNROLL, self.load, self.finish)
 
-        def body(i, carry):
-            loaded = []
-            for j in range(UNROLL):
-                piece = first + (i * UNROLL + j) * stride
-                valid = emit.bit(piece < self.pieces)
-                at = [start + piece.wide() * 16 for start in self.arrays]
-                loaded.append((at, valid, [self.load(a, valid) for a in at]))
-            for at, valid, words in loaded:
-                for a, results in zip(at, self.finish(words), strict=True):
-                    self.store(a, valid, results)
-            return carry
+    def load(self, piece: emit.Int, valid) -> list:
+        """Where the piece lies in each array, and its four words."""
+        at = [start + piece.wide() * 16 for start in self.arrays]
+        return [(where, self.read(where, valid)) for where in at]
 
-        emit.loop(emit.const(0), emit.const(rounds), emit.const(1), [], body)
+    def finish(self, piece: emit.Int, valid, loaded: list):
+        """Writes the results over what they are computed from."""
+        del piece
+        places, words = zip(*loaded, strict=True)
+        numbers = zip(*(widen([*one], self.half) for one in words), strict=True)
+        results = zip(*itertools.starmap(self.one, numbers), strict=True)
+        for where, result in zip(places, results, strict=True):
+            self.write(where, valid, narrow([*result], self.half))
 
-    def load(self, where: emit.Int, valid) -> list:
+    def read(self, where: emit.Int, valid) -> list:
         """Four words of two numbers."""
         return list(
             emit.ptx(
@@ -70,12 +69,8 @@ class GateBackward:
             )
         )
 
-    def store(self, where: emit.Int, valid, numbers: list):
-        """Rounds eight numbers and writes them."""
-        words = [
-            emit.ptx(f"cvt.rn.{self.half}x2.f32 $0, $2, $1;", *pair, out="r", pure=True)
-            for pair in itertools.batched(numbers, 2)
-        ]
+    def write(self, where: emit.Int, valid, words: list):
+        """The inverse of `read`."""
         emit.ptx(
             "{.reg .pred p; setp.ne.b32 p, $5, 0; "
             "@p st.global.v4.b32 [$0], {$1, $2, $3, $4};}",
@@ -83,11 +78,6 @@ class GateBackward:
             *words,
             valid,
         )
-
-    def finish(self, words: list) -> zip:
-        """Of the words of the three arrays the numbers that replace each."""
-        numbers = zip(*(widen(one, self.half) for one in words), strict=True)
-        return zip(*itertools.starmap(self.one, numbers), strict=True)
 
     def one(self, gate, up, d) -> tuple:
         """The gradients of gate and up, and silu(gate) · up, of one number.

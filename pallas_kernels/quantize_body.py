@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import emit
 from pallas_kernels.nearest import EVEN_CELLS
 from pallas_kernels.packed import PackedSpec
-from pallas_kernels.widen import widen
+from pallas_kernels.words import widen
 
 THREADS = 256
 BLOCKS_OF_THREADS = 132 * 4  # four share a multiprocessor, by their registers

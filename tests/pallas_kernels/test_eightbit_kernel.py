@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import eightbit_body as body
 from pallas_kernels import eightbit_kernel as kernels
-from pallas_kernels import tuning, widen
+from pallas_kernels import tuning, words
 from qlora_jax.quant.formats import dynamic_map
 from tests.pallas_kernels.emulator import Emulator
 
@@ -117,7 +117,7 @@ def test_steps_equal_the_rule(name, dtype, monkeypatch):
             # Both blocks write into the same arrays, as on the device.
             emulator = Emulator(128, block, {"smem": bytes_of_smem, **refs})
             monkeypatch.setattr(body, "emit", emulator)
-            monkeypatch.setattr(widen, "emit", emulator)
+            monkeypatch.setattr(words, "emit", emulator)
             emitter(books, size, dtype, 2, emulator.refs).build()
             buffers = emulator.refs
         update, expected = rule(g.astype(np.float32), moments)

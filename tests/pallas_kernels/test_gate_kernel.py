@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import gate_body as body
 from pallas_kernels import gate_kernel as kernels
-from pallas_kernels import tuning, widen
+from pallas_kernels import stream, tuning, words
 from tests.pallas_kernels.emulator import Emulator
 from tests.tolerances import ROUNDED_ONCE_RELATIVE
 
@@ -38,8 +38,8 @@ def test_each_result_is_the_rule_rounded_where_its_operand_was(dtype, monkeypatc
     buffers = dict(zip(body.ARRAYS, (x.copy() for x in given), strict=True))
     for block in range(grid):
         emulator = Emulator(64, block, buffers)
-        monkeypatch.setattr(body, "emit", emulator)
-        monkeypatch.setattr(widen, "emit", emulator)
+        for module in (body, stream, words):
+            monkeypatch.setattr(module, "emit", emulator)
         body.GateBackward(size, dtype, grid, emulator.refs).build()
         buffers = {name: ref.bytes.view(dtype) for name, ref in emulator.refs.items()}
     relative = ROUNDED_ONCE_RELATIVE[jnp.dtype(dtype).name]

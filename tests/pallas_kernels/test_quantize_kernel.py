@@ -12,7 +12,8 @@ from pallas_kernels import (
     nearest,
     quantize_body,
     quantize_scales_body,
-    widen,
+    stream,
+    words,
 )
 from pallas_kernels import quantize_kernel as kernels
 from pallas_kernels.packed import PackedSpec, PackedWeight
@@ -27,7 +28,7 @@ FP4 = (*_FP4, *(-x for x in _FP4))
 INT4 = tuple(i / 8 for i in range(-8, 8))  # midpoints on the edges of intervals
 CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 NESTED = tuple(float(v) for v in np.linspace(-1, 1, 256, dtype=np.float32))
-BODIES = (dequantize_body, quantize_body, quantize_scales_body, widen)
+BODIES = (dequantize_body, quantize_body, quantize_scales_body, stream, words)
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
 
 
