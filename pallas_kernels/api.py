@@ -122,7 +122,7 @@ def quantize(w: "Float[Array, 'n k']", spec: PackedSpec) -> PackedWeight:
     """
     if w.shape != (spec.n, spec.k):
         raise ValueError(f"{w.shape=} must be ({spec.n=}, {spec.k=}).")
-    if tuning.has_hopper() and jax.device_count() == 1:
+    if tuning.has_one_hopper():
         from pallas_kernels import quantize_kernel  # the GPU part of Pallas
 
         try:

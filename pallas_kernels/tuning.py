@@ -29,6 +29,11 @@ def has_hopper() -> bool:
     return capability is not None and 9 <= capability < 10
 
 
+def has_one_hopper() -> bool:
+    """Whether that device is the only one: what is no product is not partitioned."""
+    return has_hopper() and jax.device_count() == 1
+
+
 def multiprocessors() -> int:
     """Multiprocessors of the device a kernel is for; an H200's without a device."""
     if device := jax.sharding.get_abstract_mesh().abstract_device:

@@ -19,6 +19,8 @@ FUSED_UPDATE_RELATIVE = {"float32": 6e-7, "bfloat16": 2**-7, "float16": 2**-10}
 
 # Float32 arithmetic of a few units in the last place, then one rounding.
 ROUNDED_ONCE_RELATIVE = {"bfloat16": 1.01 * 2**-8, "float16": 1.01 * 2**-11}
+# Below, steps do not shrink; or exp is over float32's end, and its reciprocal 0.
+ROUNDED_ONCE_ABSOLUTE = {"bfloat16": 1e-36, "float16": 2**-14}
 
 # Mean |error| of N(0, 1) data, block 64, float32 absmax, at 2**20 samples: published by
 # the authors of bitsandbytes (nf4, fp4); the spread of the sample mean is about 6e-5.
@@ -31,9 +33,10 @@ LOGITS_RELATIVE = {"float32": 1e-5, "bfloat16": 5e-2}
 # Cosine of each adapter's gradient, bfloat16 through 4 bits against float32.
 STEP_COSINE = 0.9995
 
-# The same of two policies of recomputation at the same parameters, and their losses
-# over eight steps.
+# The same of two policies of recomputation at the same parameters, their losses there,
+# and their losses over eight steps.
 POLICY_COSINE = 0.99999
+POLICY_LOSS_RELATIVE = 1e-6
 POLICY_CURVE_RELATIVE = 5e-4
 
 # Held-out loss after training with bfloat16 adapters and float32 masters, against

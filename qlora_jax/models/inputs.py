@@ -105,15 +105,20 @@ class Gated:
     Attributes:
         gate: [*b, m].
         up: [*b, m].
-        keeps_low_rank: see above. False where gate and up are computed again in the
-            backward: then the array would have to be too.
+        recomputed: whether gate and up are computed again in the backward. Then the
+            array would have to be too for an adapter's first product.
     """
 
     gate: Any
     up: Any
-    keeps_low_rank: bool = dataclasses.field(default=True, metadata={"static": True})
+    recomputed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     early: ClassVar[bool] = False
+
+    @property
+    def keeps_low_rank(self) -> bool:
+        """See above."""
+        return not self.recomputed
 
     def whole(self) -> jax.Array:
         """[*b, m]."""
@@ -126,7 +131,7 @@ class Gated:
         place of what it is computed from: they are most of what is in memory then.
         (What was kept is read out of a stack of layers, where it cannot be replaced.)
         """
-        pull = _gate_backward if self.keeps_low_rank else _gate_backward_in_place
+        pull = _gate_backward_in_place if self.recomputed else _gate_backward
         dgate, dup, whole = pull(self.gate, self.up, d)
         return dataclasses.replace(self, gate=dgate, up=dup), whole
 
@@ -143,7 +148,7 @@ def _gate_backward(gate, up, d):
 
 def _gate_backward_in_place(gate, up, d):
     """The same, by the kernel where there is one."""
-    if gate.size >= LARGE and tuning.has_hopper() and jax.device_count() == 1:
+    if gate.size >= LARGE and tuning.has_one_hopper():
         from pallas_kernels import gate_kernel  # the GPU part of Pallas
 
         with contextlib.suppress(NotImplementedError):

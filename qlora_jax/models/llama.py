@@ -251,21 +251,22 @@ class Layer(nnx.Module):
         mixed = mixed.reshape(*x.shape[:-1], -1)
         (x,) = self._project(mixed, "o_proj", onto=x)
         x = keep(x, "residual")
-        mlp = functools.partial(self._mlp, kept=mlp_rows is None)
+        mlp = functools.partial(self._mlp, recomputed=mlp_rows is not None)
         return self._in_chunks(mlp, x, mlp_rows).reshape(shape)
 
-    def _mlp(self, x: "Float[Array, '*b d']", *, kept: bool) -> "Float[Array, '*b d']":
+    def _mlp(
+        self, x: "Float[Array, '*b d']", *, recomputed: bool
+    ) -> "Float[Array, '*b d']":
         """Returns x and what the MLP adds to it.
 
         Args:
             x: the residual stream.
-            kept: whether gate and up are kept for the backward, as far as `keep` goes,
-                and not computed again.
+            recomputed: whether gate and up are computed again in the backward.
         """
         scale = self.post_attention_layernorm[...]
         read = Normed(x, scale, self.config.norm_eps)
         gate, up = self._project(read, "gate_proj", "up_proj", name="gate_up")
-        (x,) = self._project(Gated(gate, up, kept), "down_proj", onto=x)
+        (x,) = self._project(Gated(gate, up, recomputed), "down_proj", onto=x)
         return x
 
     def _is_rowwise(self, names: "Iterable[str]") -> bool:

@@ -390,7 +390,7 @@ def _kernel(block_size: int) -> Any:
 
     A kernel is not partitioned, so with several devices the compiler's form is used.
     """
-    if not tuning.has_hopper() or jax.device_count() > 1:
+    if not tuning.has_one_hopper():
         return None
     from pallas_kernels import eightbit_kernel  # the GPU part of Pallas
 

@@ -2,23 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from pallas_kernels.gate_kernel import gate_backward
-from tests.pallas_kernels.test_gate_kernel import arrays, by_rule
-from tests.tolerances import ROUNDED_ONCE_RELATIVE
+from tests.pallas_kernels.test_gate_kernel import arrays, assert_follows_the_rule
 
 pytestmark = pytest.mark.gpu
-
-
-def assert_follows_the_rule(found, given):
-    dtype = given[0].dtype
-    least = max(float(jnp.finfo(dtype).smallest_normal), 1e-36)
-    relative = ROUNDED_ONCE_RELATIVE[dtype.name]
-    for one, expected in zip(found, by_rule(*given), strict=True):
-        one = np.asarray(one).astype(np.float64)
-        np.testing.assert_allclose(one, expected, rtol=relative, atol=least)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
