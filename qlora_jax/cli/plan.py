@@ -23,6 +23,7 @@ class Plan:
         accumulate: in how many parts they are computed.
         seq_len: tokens of a row.
         remat: what the backward recomputes.
+        unroll: layers compiled one by one.
         chunk_size: tokens whose logits are in memory at a time.
         algorithm: the optimizer.
         paged: keep its state on the host.
@@ -39,6 +40,7 @@ class Plan:
     accumulate: int = 1
     seq_len: int = 512
     remat: Literal["none", "full", "attention", "offload"] = "full"
+    unroll: bool = False
     chunk_size: int = 512
     algorithm: Literal["adamw", "adamw8bit", "lion8bit"] = "adamw"
     paged: bool = True

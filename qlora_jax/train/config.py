@@ -48,7 +48,8 @@ class TrainConfig:
             "attention" all but that, "offload" the MLP and attention itself, with what
             they start from on the host; with "none" it is nothing that takes long.
         unroll: compile layers one by one: longer to compile, and faster with
-            remat="none".
+            remat="none"; the last layer is not recomputed then, which takes memory only
+            beside a loss of large chunks.
         chunk_size: tokens whose logits are in memory at a time.
         ema: decay of a running mean of the adapters, as 0.999, which is then what is
             evaluated and returned; 0 for none.

@@ -1,6 +1,9 @@
 import json
 
 from qlora_jax.cli.main import main
+from qlora_jax.interop.hub import load_config
+from qlora_jax.plan import plan_memory
+from qlora_jax.train import TrainConfig
 from tests.interop.folders import LLAMA
 
 
@@ -13,6 +16,18 @@ def test_a_plan_needs_the_config_alone(tmp_path, capsys):
     assert main([*command, "--no-paged", "--quantize", "int8"]) == 0
     second = capsys.readouterr().out
     assert "frozen weights, int8" in second and "optimizer state" in second
+
+
+def test_a_plan_of_layers_one_by_one_counts_what_the_last_keeps(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    command = ["plan", "--model", str(tmp_path), "--rank", "4", "--seq-len", "2048"]
+    printed = []
+    for flag in ("--no-unroll", "--unroll"):
+        assert main([*command, flag]) == 0
+        printed.append(capsys.readouterr().out.strip())
+    train = TrainConfig(rank=4, seq_len=2048, batch_size=1, dropout=0.0, unroll=True)
+    assert printed[1] == str(plan_memory(load_config(str(tmp_path)), train))
+    assert printed[0] != printed[1]
 
 
 def test_a_model_that_is_not_there(tmp_path, capsys):
