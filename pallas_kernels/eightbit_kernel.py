@@ -92,10 +92,7 @@ def lion(
 
 
 def _step(emitter, g, factors, moments, codebooks):
-    capability = tuning.compute_capability()
-    if capability is not None and capability < 9:
-        # Pallas elects a thread in every kernel, and compiles to an abort without.
-        raise NotImplementedError(f"{capability=}: elect.sync came with 9.0.")
+    tuning.require(9, "it was run from 9.0 on only")
     if g.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"{g.dtype=} must be bfloat16, float16 or float32.")
     if not 0 < g.size < 2**31 or g.size % QUAD:

@@ -52,9 +52,7 @@ def gate_backward(
         NotImplementedError: if this kernel cannot: a GPU before 9.0, other types or
             shapes.
     """
-    capability = tuning.compute_capability()
-    if capability is not None and capability < 9:
-        raise NotImplementedError(f"{capability=}: it was measured from 9.0 on only.")
+    tuning.require(9, "it was run from 9.0 on only")
     shapes = [(x.shape, x.dtype) for x in (gate, up, d)]
     if gate.dtype not in (jnp.bfloat16, jnp.float16) or len(set(shapes)) > 1:
         raise NotImplementedError(

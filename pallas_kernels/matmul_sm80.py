@@ -157,9 +157,7 @@ def make_plan(m: int, dtype, spec: PackedSpec, transposed: bool) -> Plan:
     Raises:
         NotImplementedError: if it cannot.
     """
-    capability = tuning.compute_capability()
-    if capability is not None and capability < 8:
-        raise NotImplementedError(f"{capability=}: cp.async came with 8.0.")
+    tuning.require(8, "cp.async came with 8.0")
     if dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"{dtype=} must be bfloat16 or float16.")
     if spec.bits != 4:

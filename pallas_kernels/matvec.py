@@ -119,9 +119,7 @@ def make_plan(
 ) -> Plan | SlicePlan:
     """Checks what this kernel can do, and chooses how."""
     n, k = spec.n, spec.k
-    capability = tuning.compute_capability()
-    if capability is not None and capability < 9:
-        raise NotImplementedError(f"{capability=}: the TMA unit came with 9.0.")
+    tuning.require(9, "the TMA unit came with 9.0")
     few_rows.check(m, MAX_M, dtype, spec)
     if spec.block_size < BLOCK or spec.block_size & (spec.block_size - 1):
         raise NotImplementedError(

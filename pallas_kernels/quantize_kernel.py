@@ -26,9 +26,7 @@ from pallas_kernels.quantize_body import PIECE
 
 def _check(spec: PackedSpec, dtype) -> None:
     """Refuses what neither kernel can do."""
-    capability = tuning.compute_capability()
-    if capability is not None and capability < 8:
-        raise NotImplementedError(f"{capability=}: bfloat16 came with 8.0.")
+    tuning.require(8, "bfloat16 came with 8.0")
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"{dtype=} must be bfloat16, float16 or float32.")
     if spec.bits != 4:
@@ -131,9 +129,7 @@ def quantize(w: jax.Array, spec: PackedSpec) -> PackedWeight:
             n * k, codebooks with two midpoints nearer than 1/128.
     """
     _check(spec, w.dtype)
-    capability = tuning.compute_capability()
-    if capability is not None and capability < 8.6:
-        raise NotImplementedError(f"{capability=}: max.xorsign.abs came with 8.6.")
+    tuning.require(8.6, "max.xorsign.abs came with 8.6")
     if spec.block_size > 32 * PIECE or spec.n * spec.k % spec.block_size:
         raise NotImplementedError(
             f"block_size={spec.block_size} must be at most {32 * PIECE} and divide "

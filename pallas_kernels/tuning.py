@@ -23,6 +23,13 @@ def compute_capability() -> float | None:
         return None
 
 
+def require(least: float, why: str) -> None:
+    """Raises NotImplementedError on a GPU of a lower compute capability."""
+    capability = compute_capability()
+    if capability is not None and capability < least:
+        raise NotImplementedError(f"{capability=}: {why}.")
+
+
 def has_hopper() -> bool:
     """Whether the default device is of compute capability 9.x."""
     capability = compute_capability()
