@@ -20,6 +20,7 @@ def quantized_matmul(
     spec: PackedSpec,
     *,
     addend: "tuple[Float[Array, '*batch r'], Float[Array, 'n r']] | None" = None,
+    onto: "Float[Array, '*batch n'] | None" = None,
     implementation: Implementation | None = None,
 ) -> "Float[Array, '*batch n']":
     """Multiplies by a quantized weight without keeping it dequantized.
@@ -30,10 +31,11 @@ def quantized_matmul(
 
         y[..., n] += sum_r t[..., r] * u[n, r]
 
-    accumulated in float32. Relative error against a float64 product with the same
-    dequantized weight: at most 5e-3 for bfloat16 x. The gradient with respect to x is
-    `quantized_matmul_dx`; what is saved for it is `packed` alone. The weight is frozen
-    and gets no gradient; t and u do, and are saved for each other's.
+    and, with `onto`, y += onto; all accumulated in float32. Relative error against a
+    float64 product with the same dequantized weight: at most 5e-3 for bfloat16 x. The
+    gradient with respect to x is `quantized_matmul_dx`; what is saved for it is
+    `packed` alone. The weight is frozen and gets no gradient; t, u and `onto` do, and t
+    and u are saved for each other's.
 
     Args:
         x: `[..., k]`, bfloat16, float16 or float32.
@@ -41,6 +43,8 @@ def quantized_matmul(
         spec: what its arrays mean.
         addend: t and u, in x's type, or None. The Hopper kernel takes them as further
             columns of x and W; elsewhere theirs is a product of its own.
+        onto: in x's type, or None. The Hopper kernel adds it before results are
+            rounded; elsewhere it is left to the compiler.
         implementation: None chooses by device and shape. "xla" is the plain form, right
             on every backend and under every sharding; "sm90" the Hopper kernel; "sm80"
             the Ampere one; "matvec" the one for few rows of x, "skinny" the one
@@ -57,8 +61,9 @@ def quantized_matmul(
     _check_activation("x", x, spec.k, "k")
     _check_packed(packed, spec)
     _check_addend(addend, "x", x, spec.n, "n")
+    _check_onto(onto, "x", x, spec.n, "n")
     _check_implementation(implementation)
-    return _matmul(x, packed, addend, spec, implementation)
+    return _matmul(x, packed, addend, onto, spec, implementation)
 
 
 def quantized_matmul_dx(
@@ -67,11 +72,12 @@ def quantized_matmul_dx(
     spec: PackedSpec,
     *,
     addend: "tuple[Float[Array, '*batch r'], Float[Array, 'k r']] | None" = None,
+    onto: "Float[Array, '*batch k'] | None" = None,
     implementation: Implementation | None = None,
 ) -> "Float[Array, '*batch k']":
     """The gradient of `quantized_matmul` with respect to x.
 
-        dx[..., k] = sum_n dy[..., n] * W[n, k]  (+ sum_r t[..., r] * u[k, r])
+        dx[..., k] = sum_n dy[..., n] * W[n, k]  (+ sum_r t[..., r] * u[k, r] + onto)
 
     Args:
         dy: `[..., n]`, bfloat16, float16 or float32.
@@ -79,6 +85,8 @@ def quantized_matmul_dx(
         spec: what its arrays mean.
         addend: t and u, as in `quantized_matmul`: for an adapter x @ a @ b the gradient
             of x @ a, and a.
+        onto: as in `quantized_matmul`: for an x that several weights multiply the sum
+            of the gradients before.
         implementation: as in `quantized_matmul`.
 
     Returns:
@@ -91,8 +99,9 @@ def quantized_matmul_dx(
     _check_activation("dy", dy, spec.n, "n")
     _check_packed(packed, spec)
     _check_addend(addend, "dy", dy, spec.k, "k")
+    _check_onto(onto, "dy", dy, spec.k, "k")
     _check_implementation(implementation)
-    return _dispatch("matmul_dx", dy, packed, addend, spec, implementation)
+    return _dispatch("matmul_dx", dy, packed, addend, onto, spec, implementation)
 
 
 def dequantize(
@@ -132,45 +141,48 @@ def quantize(w: "Float[Array, 'n k']", spec: PackedSpec) -> PackedWeight:
     return reference.quantize(w, spec)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _matmul(x, packed, addend, spec, implementation):
-    return _dispatch("matmul", x, packed, addend, spec, implementation)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _matmul(x, packed, addend, onto, spec, implementation):
+    return _dispatch("matmul", x, packed, addend, onto, spec, implementation)
 
 
-def _matmul_fwd(x, packed, addend, spec, implementation):
-    return _matmul(x, packed, addend, spec, implementation), (packed, addend)
+def _matmul_fwd(x, packed, addend, onto, spec, implementation):
+    y = _matmul(x, packed, addend, onto, spec, implementation)
+    return y, (packed, addend, None if onto is None else ())
 
 
 def _matmul_bwd(spec, implementation, saved, dy):
-    packed, addend = saved
+    packed, addend, added = saved
     # Kernels for few rows have no backward of their own; one was named for the forward.
     named = None if implementation in ("matvec", "skinny") else implementation
-    dx = _dispatch("matmul_dx", dy, packed, None, spec, named)
+    dx = _dispatch("matmul_dx", dy, packed, None, None, spec, named)
+    d_onto = None if added is None else dy
     if addend is None:
-        return dx, None, None
+        return dx, None, None, d_onto
     t, u = addend
     by_row, t_by_row = (array.reshape(-1, array.shape[-1]) for array in (dy, t))
     du = reference.dot(by_row.T, t_by_row.T, contract=1)
-    return dx, None, (reference.dot(dy, u, contract=0), du)
+    return dx, None, (reference.dot(dy, u, contract=0), du), d_onto
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def _dispatch(op, x, packed, addend, spec, implementation):
+def _dispatch(op, x, packed, addend, onto, spec, implementation):
     """Runs the named implementation, or the first of the tuned order that can."""
     rows = x.reshape(-1, x.shape[-1])
-    rank = 0
+    adds = addend is not None or onto is not None
     if addend is not None:
         t, u = addend
-        rank = u.shape[1]
-        addend = t.reshape(-1, rank), u
+        addend = t.reshape(-1, u.shape[1]), u
+    if onto is not None:
+        onto = onto.reshape(-1, onto.shape[-1])
     names = (implementation,) if implementation else None
     for name in names or tuning.preference(
-        op, rows.shape[0], x.dtype, packed, spec, rank
+        op, rows.shape[0], x.dtype, packed, spec, adds
     ):
         try:
-            out = run(name, op, rows, packed, spec, addend)
+            out = run(name, op, rows, packed, spec, addend, onto)
         except NotImplementedError:
             if names:
                 raise
@@ -206,6 +218,18 @@ def _check_addend(addend, name: str, x: jax.Array, size: int, letter: str) -> No
             f"addend of {t.dtype=} and {u.dtype=} must be {x.dtype} as {name} is: "
             "cast it."
         )
+
+
+def _check_onto(onto, name: str, x: jax.Array, size: int, letter: str) -> None:
+    if onto is None:
+        return
+    if onto.shape != (*x.shape[:-1], size):
+        raise ValueError(
+            f"{onto.shape=} must be [..., {letter}] with the rows of {name}, of shape "
+            f"{x.shape}, and {letter}={size} of the weight."
+        )
+    if onto.dtype != x.dtype:
+        raise ValueError(f"{onto.dtype=} must be {x.dtype} as {name} is: cast it.")
 
 
 def _check_packed(packed: PackedWeight, spec: PackedSpec) -> None:

@@ -33,10 +33,12 @@ def run(
     packed: PackedWeight,
     spec: PackedSpec,
     addend: tuple[jax.Array, jax.Array] | None = None,
+    onto: jax.Array | None = None,
 ) -> jax.Array:
     """Runs one implementation of `op` on x `[m, k]` (dx: `[m, n]`).
 
-    An addend of t `[m, r]` and u `[n, r]` (dx: `[k, r]`) adds t @ uᵀ.
+    An addend of t `[m, r]` and u `[n, r]` (dx: `[k, r]`) adds t @ uᵀ; `onto`, of the
+    shape of the result, is added as it is.
 
     The plain form is partitioned by the compiler. A kernel cannot be, so where there
     are several devices it runs on each shard; see `sharded_product`.
@@ -44,12 +46,13 @@ def run(
     Raises:
         NotImplementedError: if the implementation cannot do this.
     """
-    if addend is not None:
+    if addend is not None or onto is not None:
         if name == "sm90" and jax.device_count() == 1:
-            return run_kernel(name, op, x, packed, spec, addend=addend)
-        t, u = addend
-        added = reference.dot(t, u, contract=1)
-        return run(name, op, x, packed, spec) + added
+            return run_kernel(name, op, x, packed, spec, addend=addend, onto=onto)
+        product = run(name, op, x, packed, spec)
+        # XLA makes one product of a product and what is added to it, which is the
+        # second operand of the sum.
+        return product + _sum(addend, onto)
     if name == "xla":
         return getattr(reference, op)(x, packed, spec)
     if jax.device_count() == 1:
@@ -63,6 +66,15 @@ def run(
     absmax = reference.decode_absmax(packed, spec)
     single = dataclasses.replace(spec, nested_codebook=None)
     return sharded_product(x, packed.codes, absmax, name, op, single)
+
+
+def _sum(addend, onto):
+    """What an addend and `onto` are together."""
+    if addend is None:
+        return onto
+    t, u = addend
+    added = reference.dot(t, u, contract=1)
+    return added if onto is None else onto + added
 
 
 def run_kernel(name, op, x, packed, spec, **options) -> jax.Array:

@@ -132,6 +132,7 @@ def matmul(
     *,
     config: Config | None = None,
     addend: "tuple[Float[Array, 'm r'], Float[Array, 'n r']] | None" = None,
+    onto: "Float[Array, 'm n'] | None" = None,
 ) -> "Float[Array, 'm n']":
     """Multiplies by a quantized weight: y = x @ Wᵀ, W the dequantized [n, k].
 
@@ -144,6 +145,7 @@ def matmul(
         spec: what its arrays mean.
         config: tiles and stages; None chooses by shape.
         addend: t and u, of which y gets t @ uᵀ added, in the same accumulators.
+        onto: what y is added to, in float32, before it is rounded.
 
     Returns:
         y in the type of `x`.
@@ -152,7 +154,7 @@ def matmul(
         ValueError: if `x` does not fit the weight.
         NotImplementedError: for a type, format or shape the kernel does not do.
     """
-    return _call("forward", x, packed, spec, config, addend)
+    return _call("forward", x, packed, spec, config, addend, onto)
 
 
 def matmul_dx(
@@ -162,6 +164,7 @@ def matmul_dx(
     *,
     config: Config | None = None,
     addend: "tuple[Float[Array, 'm r'], Float[Array, 'k r']] | None" = None,
+    onto: "Float[Array, 'm k'] | None" = None,
 ) -> "Float[Array, 'm k']":
     """The gradient of `matmul` with respect to x: dx = dy @ W.
 
@@ -171,6 +174,7 @@ def matmul_dx(
         spec: what its arrays mean.
         config: tiles and stages; None chooses by shape.
         addend: t and u, of which dx gets t @ uᵀ added, in the same accumulators.
+        onto: what dx is added to, in float32, before it is rounded.
 
     Returns:
         dx in the type of `dy`.
@@ -179,7 +183,7 @@ def matmul_dx(
         ValueError: if `dy` does not fit the weight.
         NotImplementedError: for a type, format or shape the kernel does not do.
     """
-    return _call("backward", dy, packed, spec, config, addend)
+    return _call("backward", dy, packed, spec, config, addend, onto)
 
 
 def default_config(direction: Pass, m: int, spec: PackedSpec) -> Config:
@@ -237,7 +241,7 @@ def _check(direction: Pass, x: Any, packed: PackedWeight, spec: PackedSpec) -> N
         )
 
 
-def _call(direction, x, packed, spec, config, addend):
+def _call(direction, x, packed, spec, config, addend, onto):
     _check(direction, x, packed, spec)
     if addend is not None and x.shape[1] <= STEP:
         # On an H200 the result was off by 2e-2: steps of an addend follow a whole span.
@@ -246,6 +250,8 @@ def _call(direction, x, packed, spec, config, addend):
         )
     config = config or default_config(direction, x.shape[0], spec)
     m, out_features = x.shape[0], spec.n if direction == "forward" else spec.k
+    if onto is not None and out_features % 2:
+        raise NotImplementedError(f"An odd number of features to add: {out_features}.")
     # TMA sees rows in eights and columns in sixty-fours, and fills up and cuts off what
     # a tile has beyond them. No copy for the shapes of language models.
     columns_pad = -x.shape[1] % STEP
@@ -290,6 +296,7 @@ def _call(direction, x, packed, spec, config, addend):
             config=config,
             stacked=stacked,
             tail=tail[0].shape[1] // STEP if tail else 0,
+            added=onto is not None,
         ),
         out_type=out_type,
         scratch_types=scratch(x.dtype, spec, config),
@@ -310,6 +317,7 @@ def _call(direction, x, packed, spec, config, addend):
         codes,
         *layer,
         *tail,
+        *([] if onto is None else [onto]),
         *counters,
         *scales,
     )

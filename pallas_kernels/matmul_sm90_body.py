@@ -5,6 +5,7 @@
 # pyright: reportPrivateImportUsage=false
 
 import functools
+import itertools
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -28,8 +29,10 @@ from pallas_kernels.matmul_sm90_lanes import (
     TABLE_ROW,
 )
 from pallas_kernels.matmul_sm90_loader import Codes, Scales, per_lane, strided
+from pallas_kernels.matmul_sm90_onto import Onto, add_pair, row_offsets
 from pallas_kernels.matmul_sm90_parts import add_rows, arrive, leave_rows, meet, wait
 from pallas_kernels.matmul_sm90_schedule import Schedule
+from pallas_kernels.words import half_of
 
 # Features of a block; a warpgroup of consumers has half of them.
 TILE_FEATURES = 128
@@ -92,12 +95,14 @@ def body(
     config,
     stacked,
     tail,
+    added,
     **s,
 ):
     """What a block does; all refs but `s`, the scratch, are in device memory.
 
     `stacked` says whether a layer is chosen of a stack of weights; `tail` is how many
-    steps an addend has, after those of the weight.
+    steps an addend has, after those of the weight; `added`, whether there is an array
+    that results are added to.
     """
     layer = jnp.int32(0)
     if stacked:
@@ -106,6 +111,8 @@ def body(
         layer = layer_gmem[0]
     if tail:
         t_gmem, u_gmem, *refs = refs
+    if added:
+        onto_gmem, *refs = refs
     if config.divided:
         counters_gmem, *scales_gmem, out_gmem, parts_gmem = refs
     else:
@@ -126,6 +133,11 @@ def body(
     x_smem, codes_smem, scales_smem, out_smem = (
         s[f"{name}_smem"] for name in ("x", "codes", "scales", "out")
     )
+    onto = None
+    if added:
+        features = TILE_FEATURES * config.cluster
+        covered = onto_gmem.shape[0] % tile_m == onto_gmem.shape[1] % features == 0
+        onto = Onto(onto_gmem, tile_m, TILE_FEATURES, covered)
     wg = lax.axis_index("wg")
     worker = lax.axis_index("sm")
 
@@ -201,7 +213,7 @@ def body(
             )
 
         def copy_x(count, position):
-            m0, _, i, end, index = position
+            m0, f0, i, end, index = position
             step = first_step(count, index)
             for half in range(SPAN_STEPS):
                 column = pl.multiple_of(i * SPAN + half * STEP, STEP)
@@ -213,6 +225,9 @@ def body(
                     for j in range(tail):
                         copy_step(t_gmem, step + SPAN_STEPS + j, m0, j * STEP)
 
+            if onto is not None:
+                # Some spans before it is read.
+                pl.when(i + 1 == end)(lambda: onto.prefetch(m0, f0))
             return advance(position)
 
         # All that is needed first is on its way before anything is waited for.
@@ -288,18 +303,25 @@ def body(
 
         chunks = [(i, OUT_ROWS) for i in range(0, tile_m, OUT_ROWS)]
 
-        def write_rows(y, rows, m0, f0):
+        def ask(rows, m0, f0):
+            """Starts loads of what some rows of a tile are added to."""
+            return () if onto is None else (onto.load(rows, m0, f0, wg),)
+
+        def write_rows(y, rows, m0, f0, words):
             first, count = rows
             out = out_smem.at[wg, first // count % OUT_SLOTS]
             plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
-            _store_rows(dtype, y, first, out)
+            _store_rows(dtype, y, first, words, out)
             plgpu.commit_smem()
             place = pl.ds(m0 + first, count), pl.ds(f0 + wg * 64, 64)
             plgpu.copy_smem_to_gmem(out, out_gmem.at[*place])
 
-        def write_tile(y, m0, f0):
-            for rows in chunks:
-                write_rows(y, rows, m0, f0)
+        def write_tile(y, m0, f0, words):
+            for rows, after in itertools.zip_longest(chunks, chunks[1:]):
+                # On its way while the rows before are written.
+                later = ask(after, m0, f0) if after else ()
+                write_rows(y, rows, m0, f0, words)
+                words = later
 
         def exchange(y, seg, m0, f0):
             """Gives the others of a tile their rows, and adds up and writes its own."""
@@ -315,8 +337,9 @@ def body(
 
                 @pl.when(mine == owner)
                 def _(rows=rows):
+                    words = ask(rows, m0, f0)
                     total = add_rows(y, rows, (first, mine, count), wg, parts_gmem)
-                    write_rows(total, rows, m0, f0)
+                    write_rows(total, rows, m0, f0, words)
 
             # Not every slot had its turn.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -333,8 +356,9 @@ def body(
                 wait(shares.place, shares.others, wg, counters_gmem)
                 workers = worker, jnp.int32(0), shares.others + 1
                 for rows in chunks:
+                    words = ask(rows, m0, f0)
                     total = add_rows(y, rows, workers, wg, parts_gmem)
-                    write_rows(total, rows, m0, f0)
+                    write_rows(total, rows, m0, f0, words)
 
             lax.cond(shares.leaves, give, take)
 
@@ -386,6 +410,7 @@ def body(
                     plgpu.wgmma_wait(0)
                     release(end + tail - 1)
 
+                words = () if schedule.cut else ask(chunks[0], m0, f0)
                 if tail and schedule.cut:
                     is_last = seg.first + seg.length == schedule.spans
                     lax.cond(is_last, finish_with_tail, finish)
@@ -394,12 +419,12 @@ def body(
                 y = acc[...]
 
                 if not schedule.cut:
-                    write_tile(y, m0, f0)
+                    write_tile(y, m0, f0, words)
                 elif schedule.parts > 1:
                     lax.cond(
                         seg.length < schedule.spans,
                         lambda: exchange(y, seg, m0, f0),
-                        lambda: write_tile(y, m0, f0),
+                        lambda: write_tile(y, m0, f0, ask(chunks[0], m0, f0)),
                     )
                 else:
                     collect(y, seg, m0, f0)
@@ -546,23 +571,34 @@ def _tail_operand(dtype, words):
     return run(words)
 
 
-def _store_rows(dtype, y, first, out_smem):
-    """Writes 32 columns of yᵀ, from `first` on, as rows of 64 features."""
+def _store_rows(dtype, y, first, words, out_smem):
+    """Writes 64 columns of yᵀ, from `first` on, as rows of 64 features.
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(_swizzled())))
-    def run(_, y, out):
+    `words` has what they are added to, if there is any: see `Onto.load`.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.Layout.WGMMA,
+            tuple(map(strided, words)),
+            plgpu.RefType(_swizzled()),
+        )
+    )
+    def run(_, y, words, out):
         ops = lanes.LaneOps(dtype.name)
         lane = lanes.lane_index()
         feature = lanes.feature(lane)
         base = lanes.address(out) + (feature & 7) * 2
         values = y.registers.reshape(-1, 2)
-        for block in range(OUT_ROWS // 8):
-            both = values[first // 8 + block]
-            for e in range(2):
-                row = (lane & 3) * 2 + (8 * block + e)
-                at = mgpu_utils.c(e, ir.IntegerType.get_signless(32))
-                pair = ops.round_pair(*(llvm.extractelement(r, at) for r in both))
-                place = (feature >> 3) ^ (row & 7)
-                lanes.store("b32", base + row * 128 + place * 16, [pair])
+        added = [lanes.registers(one) for one in words]
+        for i, offset in enumerate(row_offsets(OUT_ROWS)):
+            both = values[first // 8 + i // 2]
+            at = mgpu_utils.c(i % 2, ir.IntegerType.get_signless(32))
+            pair = [llvm.extractelement(r, at) for r in both]
+            for one in added:
+                pair = add_pair(one[i], half_of(dtype), pair)
+            row = (lane & 3) * 2 + offset
+            place = (feature >> 3) ^ (row & 7)
+            lanes.store("b32", base + row * 128 + place * 16, [ops.round_pair(*pair)])
 
-    run(y, out_smem)
+    run(y, words, out_smem)

@@ -394,6 +394,11 @@ def store_global(kind: str, where, offset: int, values) -> None:
     _asm(text, ",".join(["l"] + ["f"] * len(values)), where, *values)
 
 
+def prefetch(where) -> None:
+    """Asks the second-level cache for the line of an address in global memory."""
+    _asm("prefetch.global.L2 [$0];", "l", where)
+
+
 def part_address(parts, part: Word, wg: Word, lane: Word):
     """Where a lane's first four numbers of a consumer's part of a tile are.
 

@@ -75,8 +75,9 @@ _PAIRS = 256
 # Microseconds of decoding 10**6 weights to memory and of reading them again, and
 # operations of the product in one.
 _DECODE, _READ, _PRODUCT = 0.8, 0.5, 700e6
-# Bytes a microsecond of a pass over results that adds a thin product to them.
-_ADDING = 2.9e6
+# Of thousands of rows a step takes so much of the above, and a tile as long as so many
+# steps beside its own: what tells two ways that are within some percent apart.
+_LARGE_STEP, _BESIDE = 0.955, 3.5
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -140,7 +141,7 @@ def preference(
     dtype,
     packed: PackedWeight,
     spec: PackedSpec,
-    rank: int = 0,
+    adds: bool = False,
 ) -> tuple[Implementation, ...]:
     """Returns implementations of `op` in the order to try; the last can always.
 
@@ -150,7 +151,7 @@ def preference(
         dtype: of the activation.
         packed: the weight.
         spec: what its arrays mean.
-        rank: columns of an addend, 0 without one.
+        adds: whether something is added to the product.
     """
     del packed
     if not has_hopper() or spec.bits != 4 or dtype == jnp.float32:
@@ -161,13 +162,13 @@ def preference(
         return ("matvec", "sm90", "xla")
     if op == "matmul" and m <= _TENS_OF_ROWS:
         return ("skinny", "matvec", "sm90", "xla")
-    fused = best_tiling(op, m, spec).microseconds
-    two_pass = two_pass_microseconds(m, spec)
-    if rank:
-        # further steps for the one, another pass over the results for the other
-        features, contraction = (spec.n, spec.k) if op == "matmul" else (spec.k, spec.n)
-        fused *= 1 + -(-rank // STEP) * STEP / contraction
-        two_pass += 2 * 2 * m * features / _ADDING
-    if two_pass < fused:
+    # What is added costs the Hopper kernel no pass of its own.
+    if not adds and two_pass_microseconds(m, spec) < _fused_microseconds(op, m, spec):
         return ("two_pass", "sm90", "xla")
     return ("sm90", "two_pass", "xla")
+
+
+def _fused_microseconds(op: Op, m: int, spec: PackedSpec) -> float:
+    """What the Hopper kernel should take, of rows by the thousand."""
+    steps = -(-(spec.k if op == "matmul" else spec.n) // STEP)
+    return best_tiling(op, m, spec).microseconds * (_LARGE_STEP + _BESIDE / steps)

@@ -6,8 +6,9 @@ A training step spends most of what its matmuls leave on passes over memory, so 
 written by what is read and written:
 
 * The thin products of all adapters of one x are one, forward and backward.
-* The adapter's part, and `onto`, is what the base's product is added to: a library does
-  that on the way out. So are the parts of the gradient of x, one after another.
+* The adapter's part, and `onto`, is added by the base's product: the Hopper kernel has
+  the one as further columns and the other on the way out, a library both on the way
+  out. So are the parts of the gradient of x, one after another.
 * Gradients of a and b leave their products in float32.
 * Of x only its parts are kept, if it is computed: see `models.inputs`.
 """
@@ -24,7 +25,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.over_rows import over_rows
-from qlora_jax.quant import QuantizedTensor, transposed_product
+from qlora_jax.quant import QuantizedTensor, quantized_matmul, transposed_product
 
 # Any: a leaf is an array or a tracer.
 Leaf = Any
@@ -102,13 +103,13 @@ def _products_fwd(static, x, onto, bases, a, b):
     b = [(one * s).astype(dtype) for one, s in zip(b, scales, strict=True)]
     b = [checkpoint_name(one, "factor") for one in b]
     # Rows from here on: XLA makes one product of a product and what is added to it
-    # where both are matrices, and the first operand of the sum is the product.
+    # where both are matrices.
     whole, onto = _rows(whole), None if onto is None else _rows(onto)
     h = checkpoint_name(whole @ a, "low_rank")
     ys = []
     for w, part, one in zip(bases, _split(h, b), b, strict=True):
-        added = part @ one if onto is None else onto + part @ one
-        ys.append(named(whole @ _after(whole, w) + added).reshape(*batch, -1))
+        y = quantized_matmul(whole, _after(whole, w), addend=(part, one.T), onto=onto)
+        ys.append(named(y).reshape(*batch, -1))
     return ys, (x, bases, a, b, h if x.keeps_low_rank else None, onto is None)
 
 
@@ -117,9 +118,10 @@ def _products_bwd(static, residuals, dys):
     x, bases, a, b, h, alone = residuals
     batch, rows = dys[0].shape[:-1], [_rows(dy) for dy in dys]
     dh = jnp.concatenate([dy @ one.T for dy, one in zip(rows, b, strict=True)], axis=-1)
-    dx = dh @ a.T
+    dx, addend = None, (dh, a)
     for dy, w in zip(rows, bases, strict=True):
-        dx = transposed_product(dy, _after(dy, w)) + dx
+        dx = transposed_product(dy, _after(dy, w), addend=addend, onto=dx)
+        addend = None
     dx, dh = (one.reshape(*batch, -1) for one in (dx, dh))
     if x.early:
         da = x.project_transposed(dh)

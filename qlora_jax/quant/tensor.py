@@ -198,12 +198,13 @@ def quantized_matmul(
     w: QuantizedTensor,
     *,
     addend: "tuple[Float[Array, '*batch r'], Float[Array, 'out r']] | None" = None,
+    onto: "Float[Array, '*batch out'] | None" = None,
     implementation: pallas_kernels.Implementation | None = None,
 ) -> "Float[Array, '*batch out']":
     """Returns `x @ dequantize(w)`, accumulated in float32; what `x @ w` calls.
 
-    With an `addend` of t and u it returns `x @ dequantize(w) + t @ u.T`, on Hopper GPUs
-    in one pass.
+    With an `addend` of t and u it returns `x @ dequantize(w) + t @ u.T`, and with
+    `onto` the sum of that and `onto`, on Hopper GPUs in one pass.
 
     The gradient with respect to x is computed from the same codes; the dequantized
     weight is kept neither in between nor for the gradient. Relative error against a
@@ -213,6 +214,7 @@ def quantized_matmul(
         x: `[..., in]`, bfloat16, float16 or float32.
         w: a quantized weight without stack axes.
         addend: t and u, in x's type, or None.
+        onto: in x's type, or None.
         implementation: None chooses by device, shape and measurements; a name forces
             one, see `pallas_kernels.Implementation`.
 
@@ -224,15 +226,25 @@ def quantized_matmul(
         NotImplementedError: if the implementation that was named cannot do this.
     """
     return pallas_kernels.quantized_matmul(
-        x, w.packed, w.spec, addend=addend, implementation=implementation
+        x, w.packed, w.spec, addend=addend, onto=onto, implementation=implementation
     )
 
 
 def transposed_product(
-    dy: "Float[Array, '*batch out']", w: QuantizedTensor
+    dy: "Float[Array, '*batch out']",
+    w: QuantizedTensor,
+    *,
+    addend: "tuple[Float[Array, '*batch r'], Float[Array, 'in r']] | None" = None,
+    onto: "Float[Array, '*batch in'] | None" = None,
 ) -> "Float[Array, '*batch in']":
-    """Returns dy @ wᵀ, the gradient of `x @ w` with respect to x."""
-    return pallas_kernels.quantized_matmul_dx(dy, w.packed, w.spec)
+    """Returns dy @ wᵀ, the gradient of `x @ w` with respect to x.
+
+    With an `addend` of t and u, and `onto`, it returns the sum of that, t @ u.T and
+    `onto`, as `quantized_matmul` does.
+    """
+    return pallas_kernels.quantized_matmul_dx(
+        dy, w.packed, w.spec, addend=addend, onto=onto
+    )
 
 
 def quantize(

@@ -34,8 +34,8 @@ def product(op, spec, implementation):
 
     f = {"matmul": quantized_matmul, "matmul_dx": quantized_matmul_dx}[op]
     return jax.jit(
-        lambda x, p, addend=None: f(
-            x, p, spec, addend=addend, implementation=implementation
+        lambda x, p, addend=None, onto=None: f(
+            x, p, spec, addend=addend, onto=onto, implementation=implementation
         )
     )
 
@@ -83,24 +83,30 @@ def test_product(implementation, op, format, dtype):
 
 @pytest.mark.parametrize("op", ["matmul", "matmul_dx"])
 @pytest.mark.parametrize("implementation", [None, "xla", "two_pass", "sm90"])
-def test_an_addend(implementation, op):
+def test_what_is_added(implementation, op):
     if implementation == "sm90" and not tuning.has_hopper():
         pytest.skip("needs compute capability 9.0")
     for m, k, n in SHAPES[:4]:
         w = quantize(jax.random.normal(jax.random.key(n), (k, n)) * 0.02)
         width, features = (k, n) if op == "matmul" else (n, k)
-        x, t, u = (
+        shapes = (m, width), (m, 16), (features, 16), (m, features)
+        x, t, u, onto = (
             jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
-            for i, shape in enumerate(((m, width), (m, 16), (features, 16)))
+            for i, shape in enumerate(shapes)
         )
         exact = np.asarray(dequantize(w, jnp.float32), np.float64)
         exact = exact if op == "matmul" else exact.T
         expected = np.asarray(x, np.float64) @ exact
-        expected += np.asarray(t, np.float64) @ np.asarray(u, np.float64).T
-        y = product(op, w.spec, implementation)(x, w.packed, (t, u))
-        error = np.linalg.norm(np.asarray(y, np.float64) - expected)
-        error /= np.linalg.norm(expected)
-        assert error < MATMUL_RELATIVE["bfloat16"], f"{m=} {k=} {n=}"
+        thin = np.asarray(t, np.float64) @ np.asarray(u, np.float64).T
+        multiply = product(op, w.spec, implementation)
+        for pair, array in (((t, u), None), (None, onto), ((t, u), onto)):
+            wanted = expected + (0 if pair is None else thin)
+            wanted += 0 if array is None else np.asarray(array, np.float64)
+            y = multiply(x, w.packed, pair, array)
+            error = np.linalg.norm(np.asarray(y, np.float64) - wanted)
+            error /= np.linalg.norm(wanted)
+            where = f"{m=} {k=} {n=} {pair is None=} {array is None=}"
+            assert error < MATMUL_RELATIVE["bfloat16"], where
 
 
 @pytest.mark.parametrize("m", [1, 16, 512])

@@ -47,10 +47,10 @@ def operands(direction, m, n, k, dtype="bfloat16", format="nf4", **options):
     return x, w, np.asarray(x, np.float64) @ exact
 
 
-def run(direction, x, w, config=None, addend=None):
+def run(direction, x, w, config=None, addend=None, onto=None):
     f = PASSES[direction]
-    call = jax.jit(lambda x, p, a: f(x, p, w.spec, config=config, addend=a))
-    return call(x, w.packed, addend)
+    call = jax.jit(lambda x, p, a, o: f(x, p, w.spec, config=config, addend=a, onto=o))
+    return call(x, w.packed, addend, onto)
 
 
 def relative_error(y, expected):
@@ -154,6 +154,37 @@ def test_an_addend_of_a_short_contraction(k, rank, direction):
     pair, added = addend(x, 256, rank)
     y = run(direction, x, w, Config(), pair)
     assert relative_error(y, expected + added) < MATMUL_RELATIVE["bfloat16"]
+
+
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("rank", [None, 64])
+@pytest.mark.parametrize(
+    "m, width, config, dtype",
+    [
+        (1024, 1536, Config(), "bfloat16"),  # tiles end where results do
+        (1000, 1280, Config(), "bfloat16"),
+        (1001, 1344, Config(cluster=2), "float16"),  # 10.5 tiles of features
+        (600, 1280, Config(tile_m=192, stages=5), "bfloat16"),
+        (1000, 1280, Config(tile_m=64, stages=8), "bfloat16"),
+        (2049, 4096, None, "bfloat16"),  # more tiles than multiprocessors
+        (1000, 1280, Config(divided=True), "bfloat16"),  # two pieces each
+        (512, 5120, Config(divided=True), "float16"),  # end to end
+        (1408, 1280, Config(tile_m=64, stages=8, divided=True), "bfloat16"),
+    ],
+    ids=str,
+)
+def test_what_results_are_added_to(m, width, config, dtype, rank, direction):
+    x, w, expected = operands(direction, m, width, width, dtype)
+    onto = jax.random.normal(jax.random.key(7), (m, width), x.dtype)
+    expected = expected + np.asarray(onto, np.float64)
+    pair = None
+    if rank:
+        pair, added = addend(x, width, rank)
+        expected += added
+    y = run(direction, x, w, config, pair, onto)
+    assert y.shape == expected.shape and y.dtype == x.dtype
+    assert relative_error(y, expected) < MATMUL_RELATIVE[dtype]
+    np.testing.assert_array_equal(y, run(direction, x, w, config, pair, onto))
 
 
 @pytest.mark.parametrize("direction", PASSES)

@@ -81,19 +81,51 @@ def test_an_addend_is_further_columns(dtype, batch):
         assert relative(got, expected) < MATMUL_RELATIVE[dtype]
 
 
-def test_gradients_of_an_addend():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("batch", [(), (2, 5)])
+@pytest.mark.parametrize("with_addend", [False, True])
+def test_what_results_are_added_to(with_addend, dtype, batch):
+    packed = weight()
+    w = np.asarray(pallas_kernels.dequantize(packed, SPEC), np.float64)
+    x, dy, onto_y, onto_dx = (
+        jax.random.normal(jax.random.key(i), (*batch, size), jnp.dtype(dtype))
+        for i, size in enumerate((128, 96, 96, 128))
+    )
+    forward, backward = (
+        addend(i, x.dtype, batch=batch) if with_addend else None for i in (96, 128)
+    )
+    y = pallas_kernels.quantized_matmul(x, packed, SPEC, addend=forward, onto=onto_y)
+    dx = pallas_kernels.quantized_matmul_dx(
+        dy, packed, SPEC, addend=backward, onto=onto_dx
+    )
+    assert y.dtype == dx.dtype == x.dtype
+    for got, left, right, pair, onto in (
+        (y, x, w.T, forward, onto_y),
+        (dx, dy, w, backward, onto_dx),
+    ):
+        expected = np.asarray(left, np.float64) @ right + np.asarray(onto, np.float64)
+        if pair is not None:
+            t, u = (np.asarray(one, np.float64) for one in pair)
+            expected += t @ u.T
+        assert relative(got, expected) < MATMUL_RELATIVE[dtype]
+
+
+def test_gradients_of_what_is_added():
     packed, (t, u) = weight(), addend(96)
     x = jax.random.normal(jax.random.key(1), (4, 128))
     dy = jax.random.normal(jax.random.key(2), (4, 96))
+    onto = jax.random.normal(jax.random.key(3), (4, 96))
 
-    def product(x, t, u):
-        return pallas_kernels.quantized_matmul(x, packed, SPEC, addend=(t, u))
+    def product(x, t, u, onto):
+        return pallas_kernels.quantized_matmul(
+            x, packed, SPEC, addend=(t, u), onto=onto
+        )
 
-    def plain(x, t, u):
-        return pallas_kernels.quantized_matmul(x, packed, SPEC) + t @ u.T
+    def plain(x, t, u, onto):
+        return onto + pallas_kernels.quantized_matmul(x, packed, SPEC) + t @ u.T
 
     with jax.default_matmul_precision("highest"):
-        found, expected = (jax.vjp(f, x, t, u)[1](dy) for f in (product, plain))
+        found, expected = (jax.vjp(f, x, t, u, onto)[1](dy) for f in (product, plain))
     for got, wanted in zip(found, expected, strict=True):
         assert got.dtype == wanted.dtype
         assert (
@@ -153,6 +185,11 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match="must be float32 as x is: cast it"):
         pair = addend(96, jnp.bfloat16)
         pallas_kernels.quantized_matmul(x, packed, SPEC, addend=pair)
+    with pytest.raises(ValueError, match=r"onto.shape=\(4, 128\) must be \[..., n\]"):
+        pallas_kernels.quantized_matmul(x, packed, SPEC, onto=x)
+    with pytest.raises(ValueError, match=r"onto.dtype=.* must be float32 as x is"):
+        onto = jnp.ones((4, 96), jnp.bfloat16)
+        pallas_kernels.quantized_matmul(x, packed, SPEC, onto=onto)
     with pytest.raises(ValueError, match="Unknown implementation='triton'"):
         pallas_kernels.quantized_matmul(x, packed, SPEC, implementation="triton")
     with pytest.raises(ValueError, match=r"w.shape=\(4, 128\) must be \(spec.n=96"):

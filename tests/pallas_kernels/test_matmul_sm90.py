@@ -177,17 +177,22 @@ def arrays(n, k, *, nested=True, layers=None, block_size=64):
     return packed, spec
 
 
-def lower(direction, m, packed, spec, dtype=jnp.bfloat16, config=None, rank=None):
+def lower(
+    direction, m, packed, spec, dtype=jnp.bfloat16, config=None, rank=None, added=False
+):
     width, out = spec.k, spec.n
     if direction == "backward":
         width, out = out, width
     addend = None
     if rank is not None:
         addend = tuple(jax.ShapeDtypeStruct((rows, rank), dtype) for rows in (m, out))
+    onto = jax.ShapeDtypeStruct((m, out), dtype) if added else None
     f = jax.jit(
-        lambda x, p, addend: PASSES[direction](x, p, spec, config=config, addend=addend)
+        lambda x, p, addend, onto: PASSES[direction](
+            x, p, spec, config=config, addend=addend, onto=onto
+        )
     )
-    traced = f.trace(jax.ShapeDtypeStruct((m, width), dtype), packed, addend)
+    traced = f.trace(jax.ShapeDtypeStruct((m, width), dtype), packed, addend, onto)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert f"packed_matmul_{direction}" in text
     assert "dot_general" not in text
@@ -213,6 +218,22 @@ def test_every_configuration_lowers(config, direction):
 )
 def test_an_addend_lowers(m, rank, config, direction):
     lower(direction, m, *arrays(4096, 4096), config=config, rank=rank)
+
+
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize(
+    "m, rank, config, dtype",
+    [
+        (1024, 64, matmul_sm90.Config(cluster=2), jnp.bfloat16),
+        (1000, None, matmul_sm90.Config(tile_m=64, stages=8), jnp.float16),
+        (1001, None, None, jnp.bfloat16),
+        (256, 128, matmul_sm90.Config(divided=True), jnp.bfloat16),  # tiles cut alike
+        (600, 64, matmul_sm90.Config(divided=True), jnp.float16),  # end to end
+    ],
+)
+def test_what_results_are_added_to_lowers(m, rank, config, dtype, direction):
+    weight = arrays(4096, 4096)
+    lower(direction, m, *weight, dtype, config=config, rank=rank, added=True)
 
 
 @pytest.mark.parametrize("direction", PASSES)

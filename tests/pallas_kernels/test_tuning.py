@@ -42,11 +42,14 @@ LONG = PackedSpec(RAMP, n=4096, k=14336)
         ("matmul", 129, WIDE, "sm90"),
         ("matmul", 512, WIDE, "sm90"),
         ("matmul", 2048, WIDE, "sm90"),
-        ("matmul", 8192, WIDE, "sm90"),
+        ("matmul", 4096, WIDE, "sm90"),
+        ("matmul", 8192, WIDE, "two_pass"),
+        ("matmul", 8192, LONG, "sm90"),
         ("matmul_dx", 1, WIDE, "sm90"),
         ("matmul_dx", 512, WIDE, "sm90"),
         ("matmul_dx", 2048, WIDE, "sm90"),
-        ("matmul_dx", 8192, WIDE, "two_pass"),
+        ("matmul_dx", 8192, WIDE, "sm90"),
+        ("matmul_dx", 8192, LONG, "two_pass"),
         ("matmul", 2048, UNEVEN, "sm90"),
         ("matmul_dx", 2048, UNEVEN, "sm90"),
     ],
@@ -58,11 +61,11 @@ def test_choices_on_hopper(monkeypatch, op, m, spec, first):
     assert order[-1] == "xla"  # can always
 
 
-def test_an_addend_speaks_for_one_pass(monkeypatch):
+def test_what_is_added_speaks_for_one_pass(monkeypatch):
     monkeypatch.setattr(tuning, "compute_capability", lambda: 9.0)
     order = [
-        tuning.preference("matmul_dx", 8192, jnp.bfloat16, None, WIDE, rank)[0]
-        for rank in (0, 64)
+        tuning.preference("matmul", 8192, jnp.bfloat16, None, WIDE, adds)[0]
+        for adds in (False, True)
     ]
     assert order == ["two_pass", "sm90"]
 
