@@ -248,10 +248,29 @@ def _call(direction, x, packed, spec, config, addend, onto):
         raise NotImplementedError(
             f"An addend with a contraction of {x.shape[1]}: {STEP + 1} or more only."
         )
+    features = spec.n if direction == "forward" else spec.k
+    if onto is not None and features % 2:
+        raise NotImplementedError(f"An odd number of features to add: {features}.")
     config = config or default_config(direction, x.shape[0], spec)
+    return _product(
+        x,
+        packed,
+        addend,
+        onto,
+        direction=direction,
+        spec=spec,
+        config=config,
+        workers=tuning.multiprocessors() // config.cluster,
+    )
+
+
+# Compiled as part of what calls it. But it is traced once for all calls that are alike,
+# and so lowered once in a program, which takes a second.
+@functools.partial(
+    jax.jit, static_argnames=("direction", "spec", "config", "workers"), inline=True
+)
+def _product(x, packed, addend, onto, *, direction, spec, config, workers):
     m, out_features = x.shape[0], spec.n if direction == "forward" else spec.k
-    if onto is not None and out_features % 2:
-        raise NotImplementedError(f"An odd number of features to add: {out_features}.")
     # TMA sees rows in eights and columns in sixty-fours, and fills up and cuts off what
     # a tile has beyond them. No copy for the shapes of language models.
     columns_pad = -x.shape[1] % STEP
@@ -279,7 +298,6 @@ def _call(direction, x, packed, spec, config, addend, onto):
             jnp.array(spec.nested_codebook, jnp.float32),
         ]
     pairs = decode.pair_table(spec.codebook, x.dtype.name)
-    workers = tuning.multiprocessors() // config.cluster
     out_type = jax.ShapeDtypeStruct(out_shape, x.dtype)
     counters = []
     if config.divided:

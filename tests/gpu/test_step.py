@@ -138,14 +138,18 @@ def test_every_policy_gives_the_gradients_of_the_others_along_the_way():
         updates, state = tx.update(gradients, state, trainable)
         return optax.apply_updates(trainable, updates), state
 
-    none, *others = (compiled(r) for r in ("none", "full", "attention", "offload"))
+    none = compiled("none")
+    others = {remat: compiled(remat) for remat in ("full", "attention", "offload")}
     loss, expected = none(trainable, frozen)
-    for _ in range(4):
+    least = []
+    for step in range(4):
         # After a step, since b is zero before and with it the gradient of a.
         trainable, state = update(trainable, state, expected)
         loss, expected = none(trainable, frozen)
-        for policy in others:
+        for remat, policy in others.items():
             same, found = policy(trainable, frozen)
-            assert abs(same - loss) <= POLICY_LOSS_RELATIVE * loss
-            for path, cosine in cosines(found, expected).items():
-                assert cosine >= POLICY_COSINE, path
+            assert abs(same - loss) <= POLICY_LOSS_RELATIVE * loss, (remat, step)
+            by_path = cosines(found, expected)
+            path = min(by_path, key=by_path.__getitem__)
+            least.append((by_path[path], remat, step, path))
+    assert min(least)[0] >= POLICY_COSINE, least
