@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from qlora_jax.lora.transposed import transposed
 from qlora_jax.quant import quantized_matmul
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def low_rank_onto(
     for_adapter, a, b = gradients_together(x, a, b)
     dropped, a, b = _prepared(for_adapter, a, b, key, scale, rate)
     h = checkpoint_name(dropped @ a, "low_rank")
-    return quantized_matmul(x, w, addend=(h, b.T))
+    return quantized_matmul(x, w, addend=(h, transposed(b)))
 
 
 def _prepared(x, a, b, key, scale, rate):

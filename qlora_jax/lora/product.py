@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from qlora_jax.lora.transposed import transposed
 from qlora_jax.over_rows import over_rows
 from qlora_jax.quant import QuantizedTensor, quantized_matmul, transposed_product
 
@@ -108,7 +109,9 @@ def _products_fwd(static, x, onto, bases, a, b):
     h = checkpoint_name(whole @ a, "low_rank")
     ys = []
     for w, part, one in zip(bases, _split(h, b), b, strict=True):
-        y = quantized_matmul(whole, _after(whole, w), addend=(part, one.T), onto=onto)
+        y = quantized_matmul(
+            whole, _after(whole, w), addend=(part, transposed(one)), onto=onto
+        )
         ys.append(named(y).reshape(*batch, -1))
     return ys, (x, bases, a, b, h if x.keeps_low_rank else None, onto is None)
 

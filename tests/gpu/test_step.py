@@ -86,6 +86,24 @@ def test_what_waits_on_the_host_comes_back_as_it_was():
         assert cosine >= STEP_COSINE, path
 
 
+def test_adapters_are_not_laid_out_anew():
+    """A loop over layers begins without a transposed copy of all second matrices."""
+    layers, rank = 4, 16
+    deep = dataclasses.replace(WIDE, num_layers=layers)
+    model = ql.add_lora(random_model(deep), rank=rank, alpha=16, key=jax.random.key(0))
+    trainable, frozen = committed(ql.split_trainable(model))
+
+    def loss(trainable, frozen):
+        model = ql.join_trainable(trainable, frozen)
+        return next_token_loss(model, batch(1, 512), remat="full")
+
+    compiled = jax.jit(jax.grad(loss), compiler_options=step_options(512, tune=False))
+    text = compiled.lower(trainable, frozen).compile().as_text()
+    for _, features in deep.linear_shapes().values():
+        assert f"f32[{layers},{rank},{features}]" in text
+        assert f"f32[{features},{layers},{rank}]" not in text
+
+
 def trained(remat, tx, steps=8):
     """Losses of a repeated batch."""
     model = ql.add_lora(random_model(WIDE), rank=16, alpha=16, key=jax.random.key(0))
