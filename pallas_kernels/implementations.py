@@ -49,10 +49,7 @@ def run(
     if addend is not None or onto is not None:
         if name == "sm90" and jax.device_count() == 1:
             return run_kernel(name, op, x, packed, spec, addend=addend, onto=onto)
-        product = run(name, op, x, packed, spec)
-        # XLA makes one product of a product and what is added to it, which is the
-        # second operand of the sum.
-        return product + _sum(addend, onto)
+        return _add(run(name, op, x, packed, spec), addend, onto)
     if name == "xla":
         return getattr(reference, op)(x, packed, spec)
     if jax.device_count() == 1:
@@ -68,13 +65,16 @@ def run(
     return sharded_product(x, packed.codes, absmax, name, op, single)
 
 
-def _sum(addend, onto):
-    """What an addend and `onto` are together."""
+def _add(product, addend, onto):
+    """The sum of a product and what is added to it.
+
+    XLA makes one product of both where the product is the first operand of the sum.
+    """
     if addend is None:
-        return onto
+        return product + onto
     t, u = addend
-    added = reference.dot(t, u, contract=1)
-    return added if onto is None else onto + added
+    thin = reference.dot(t, u, contract=1)
+    return product + (thin if onto is None else onto + thin)
 
 
 def run_kernel(name, op, x, packed, spec, **options) -> jax.Array:

@@ -227,7 +227,7 @@ def body(
 
             if onto is not None:
                 # Some spans before it is read.
-                pl.when(i + 1 == end)(lambda: onto.prefetch(m0, f0))
+                pl.when(i + 1 == end)(functools.partial(onto.prefetch, m0, f0))
             return advance(position)
 
         # All that is needed first is on its way before anything is waited for.

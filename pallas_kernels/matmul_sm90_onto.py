@@ -103,7 +103,7 @@ def row_offsets(count: int) -> list[int]:
     return [8 * block + e for block in range(count // 8) for e in range(2)]
 
 
-def add_pair(word, half: str, values) -> list:
+def add_pair(word, half: str | None, values) -> list:
     """Adds the two numbers of a word to two float32 values."""
     return [
         arith.addf(value, number)

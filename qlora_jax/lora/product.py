@@ -121,10 +121,10 @@ def _products_bwd(static, residuals, dys):
     x, bases, a, b, h, alone = residuals
     batch, rows = dys[0].shape[:-1], [_rows(dy) for dy in dys]
     dh = jnp.concatenate([dy @ one.T for dy, one in zip(rows, b, strict=True)], axis=-1)
-    dx, addend = None, (dh, a)
-    for dy, w in zip(rows, bases, strict=True):
-        dx = transposed_product(dy, _after(dy, w), addend=addend, onto=dx)
-        addend = None
+    (dy, w), *others = zip(rows, bases, strict=True)
+    dx = transposed_product(dy, _after(dy, w), addend=(dh, a))
+    for dy, w in others:
+        dx = transposed_product(dy, _after(dy, w), onto=dx)
     dx, dh = (one.reshape(*batch, -1) for one in (dx, dh))
     if x.early:
         da = x.project_transposed(dh)
