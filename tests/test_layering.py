@@ -14,7 +14,11 @@ ALLOWED = {
     "pallas_kernels": set(),
     "qlora_jax.quant": {"pallas_kernels"},
     "qlora_jax.over_rows": set(),
-    "qlora_jax.lora": {"qlora_jax.over_rows", "qlora_jax.quant"},
+    "qlora_jax.lora": {
+        "pallas_kernels",
+        "qlora_jax.over_rows",
+        "qlora_jax.quant",
+    },
     "qlora_jax.optim": {"pallas_kernels", "qlora_jax.quant"},
     "qlora_jax.sharding": set(),
     "qlora_jax.models": {
