@@ -29,8 +29,8 @@ which every lane has a copy in its own bank of shared memory, or by byte permute
 `decode.py`).
 
 Here are the ops and their configuration; `matmul_sm90_body` has the kernel,
-`matmul_sm90_loader` how codes and scales arrive, and
-`matmul_sm90_lanes` what one lane does.
+`matmul_sm90_loader` how codes and scales arrive, `matmul_sm90_consumer` how they become
+operands and how results leave, and `matmul_sm90_lanes` what one lane does.
 """
 
 import dataclasses
@@ -44,12 +44,12 @@ import jax.numpy as jnp
 from pallas_kernels import decode, tuning
 from pallas_kernels.matmul_sm90_body import (
     CODE_STAGES,
-    OUT_ROWS,
     OUT_SLOTS,
     TILE_FEATURES,
     body,
     scratch,
 )
+from pallas_kernels.matmul_sm90_consumer import OUT_ROWS
 from pallas_kernels.matmul_sm90_lanes import (
     CODES_BYTES,
     LANES,

@@ -10,14 +10,11 @@ import itertools
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
+from pallas_kernels import matmul_sm90_consumer as consumer
 from pallas_kernels import matmul_sm90_lanes as lanes
+from pallas_kernels.matmul_sm90_consumer import OUT_ROWS, swizzled
 from pallas_kernels.matmul_sm90_lanes import (
     CODES_BYTES,
     LANES,
@@ -26,28 +23,21 @@ from pallas_kernels.matmul_sm90_lanes import (
     STEP,
     STEP_WORDS,
     TABLE_BYTES,
-    TABLE_ROW,
 )
-from pallas_kernels.matmul_sm90_loader import Codes, Scales, per_lane, strided
-from pallas_kernels.matmul_sm90_onto import Onto, add_pair, row_offsets
+from pallas_kernels.matmul_sm90_loader import Codes, Scales
+from pallas_kernels.matmul_sm90_onto import Onto
 from pallas_kernels.matmul_sm90_parts import add_rows, arrive, leave_rows, meet, wait
 from pallas_kernels.matmul_sm90_schedule import Schedule
-from pallas_kernels.words import half_of
 
 # Features of a block; a warpgroup of consumers has half of them.
 TILE_FEATURES = 128
 # Spans of codes and scales in shared memory: one read, others on their way.
 CODE_STAGES = 3
-# Results leave in tiles of so many rows, through two of them a consumer.
-OUT_ROWS = 64
+# Tiles of results in shared memory, of a consumer.
 OUT_SLOTS = 2
 # A lane of each of the three warpgroups brings 168.
 LOADER_REGISTERS = 56
 CONSUMER_REGISTERS = 224
-
-
-def _swizzled() -> tuple:
-    return (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128))
 
 
 def scratch(dtype, spec, config) -> dict:
@@ -70,14 +60,12 @@ def scratch(dtype, spec, config) -> dict:
         numbers = dict(numbers_smem=plgpu.SMEM((256,), jnp.float32))
     return (table | numbers) | dict(
         x_smem=plgpu.SMEM(
-            (config.stages, config.tile_m, STEP), dtype, transforms=_swizzled()
+            (config.stages, config.tile_m, STEP), dtype, transforms=swizzled()
         ),
         codes_smem=plgpu.SMEM((CODE_STAGES, CODES_BYTES // 4), jnp.uint32),
         # pairs of 16-bit scales: see `Scales.put`
         scales_smem=plgpu.SMEM((CODE_STAGES, 2 * LANES), jnp.uint32),
-        out_smem=plgpu.SMEM(
-            (2, OUT_SLOTS, OUT_ROWS, 64), dtype, transforms=_swizzled()
-        ),
+        out_smem=plgpu.SMEM((2, OUT_SLOTS, OUT_ROWS, 64), dtype, transforms=swizzled()),
         x_full=plgpu.Barrier(num_barriers=config.stages),
         x_empty=x_empty,
         codes_full=plgpu.Barrier(num_barriers=CODE_STAGES),
@@ -279,23 +267,25 @@ def body(
         table = ()
         if config.permuted < STEP_WORDS:
             table = (s["table_smem"],)
-            _write_table(pairs_gmem, *table, wg)
+            consumer.write_table(pairs_gmem, *table, wg)
             plgpu.barrier_arrive(s["table_full"])
             plgpu.barrier_wait(s["table_full"])
 
         def fetch(at, half):
             if half == 0:
                 plgpu.barrier_wait(s["codes_full"].at[at])
-            raw = _fetch_step(forward, half, codes_smem.at[at], scales_smem.at[at], wg)
+            raw = consumer.fetch_step(
+                forward, half, codes_smem.at[at], scales_smem.at[at], wg
+            )
             if half == 1:
                 plgpu.barrier_arrive(s["codes_empty"].at[at])
             return raw
 
         def look_up(words):
-            return _look_up(decoders, dtype, words, table)
+            return consumer.look_up(decoders, dtype, words, table)
 
         def scale(pairs, scales):
-            return _scale(forward, dtype, pairs, scales)
+            return consumer.scale(forward, dtype, pairs, scales)
 
         def release(step, predicate=None):
             at = slot(step + config.stages, config.stages)
@@ -311,7 +301,7 @@ def body(
             first, count = rows
             out = out_smem.at[wg, first // count % OUT_SLOTS]
             plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
-            _store_rows(dtype, y, first, words, out)
+            consumer.store_rows(dtype, y, first, words, out)
             plgpu.commit_smem()
             place = pl.ds(m0 + first, count), pl.ds(f0 + wg * 64, 64)
             plgpu.copy_smem_to_gmem(out, out_gmem.at[*place])
@@ -403,10 +393,10 @@ def body(
                 def finish_with_tail():
                     for j in range(tail):
                         # On its way while the step before is multiplied.
-                        words = _load_tail(u_gmem, f0, wg, j)
+                        words = consumer.load_tail(u_gmem, f0, wg, j)
                         plgpu.wgmma_wait(0)
                         release(end + j - 1)
-                        multiply(_tail_operand(dtype, words), end + j)
+                        multiply(consumer.tail_operand(dtype, words), end + j)
                     plgpu.wgmma_wait(0)
                     release(end + tail - 1)
 
@@ -439,166 +429,3 @@ def body(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     lax.cond(wg < 2, consume, load)
-
-
-def _write_table(pairs_gmem, table_smem, wg):
-    """Copies the pairs to shared memory, 32 times; a lane does one of them."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT)
-    )
-    def run(_, pairs, table, wg):
-        byte = lanes.scalar(wg) * LANES + lanes.lane_index()
-        (pair,) = lanes.load("global.nc.b32", lanes.global_address(pairs, byte))
-        row = lanes.address(table) + byte * TABLE_ROW
-        for i in range(8):
-            # eight lanes write eight different groups of banks
-            lanes.store("v4.b32", row + ((byte + i) & 7) * 16, [pair] * 4)
-
-    run(pairs_gmem, table_smem, wg)
-
-
-def _fetch_step(forward, half, codes_smem, scales_smem, wg):
-    """Loads a consumer's codes and scales of step `half` of a span."""
-    out = per_lane(STEP_WORDS), per_lane(2 if forward else 8)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT),
-        return_type=out,
-    )
-    def run(_, codes, scales, wg):
-        lane, wg = lanes.lane_index(), lanes.scalar(wg)
-        at = lanes.codes_address(half, lane, wg)
-        words = lanes.load("shared.v4.b32", lanes.address(codes) + at)
-        values = []
-        for at, count in lanes.scale_loads(forward, half, lane, wg):
-            kind = f"shared.v{count}.b32"
-            values += lanes.load(kind, lanes.address(scales) + at)
-        return tuple(map(lanes.from_registers, (words, values), out))
-
-    return run(codes_smem, scales_smem, wg)
-
-
-def _look_up(decoders, dtype, words, table):
-    """A consumer's pairs of numbers of a step's words, not scaled yet."""
-    out = per_lane(STEP // 4)
-
-    @plgpu.inline_mgpu(
-        arg_types=(strided(words), tuple(plgpu.RefType() for _ in table)),
-        return_type=out,
-    )
-    def run(_, words, table):
-        ops = lanes.LaneOps(dtype.name, *table)
-        pairs = lanes.look_up(ops, decoders, lanes.registers(words))
-        return lanes.from_registers(pairs, out)
-
-    return run(words, table)
-
-
-def _scale(forward, dtype, pairs, scales):
-    """A consumer's first operand of wgmma from what `_look_up` returned.
-
-    Returns:
-        [64, 64] of `dtype`, features (`lanes.feature` of the row) by contraction.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(strided(pairs), strided(scales)), return_type=_operand_type(dtype)
-    )
-    def run(_, pairs, scales):
-        ops = lanes.LaneOps(dtype.name)
-        inputs = map(lanes.registers, (pairs, scales))
-        return _operand(dtype, lanes.scale_pairs(ops, forward, *inputs))
-
-    return run(pairs, scales)
-
-
-def _operand_type(dtype):
-    return plgpu.ShapeDtypeStruct((64, STEP), dtype, plgpu.Layout.WGMMA)
-
-
-def _operand(dtype, pairs):
-    """The first operand of wgmma from row, column of eight and pair of registers."""
-    layout = plgpu.Layout.WGMMA.to_mgpu()
-    pair_type = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(dtype))
-    out = np.empty(layout.registers_shape((64, STEP)), dtype=object)
-    by_column = out.reshape(STEP // 8, 2)
-    for row, column, pair in pairs:
-        by_column[column, row] = mgpu_utils.bitcast(pair.value, pair_type)
-    return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
-
-
-def _load_tail(u_gmem, f0, wg, step):
-    """Starts a consumer's loads of its first operand of a step of the addend."""
-    out = per_lane(STEP // 4)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * 2), return_type=out
-    )
-    def run(_, u, f0, wg):
-        f0, wg = map(lanes.scalar, (f0, wg))
-        lane = lanes.lane_index()
-        features, columns = ir.MemRefType(u.type).shape
-        first, pairs = lanes.tail_source(lane, wg)
-        words = []
-        for row in range(2):
-            # beyond the last row any number will do: the result ends there
-            feature = (f0 + first + row).minimum(features - 1)
-            where = lanes.row_address(u, feature, columns * 2, (lane & 3) * 4)
-            for column in pairs:
-                at = (step * STEP + column) * 2
-                words += lanes.load("global.nc.b32", where, at)
-        return lanes.from_registers(words, out)
-
-    return run(u_gmem, f0, wg)
-
-
-def _tail_operand(dtype, words):
-    """A consumer's first operand of wgmma from what `_load_tail` loaded.
-
-    The assembler makes every product of a kernel wait for the one before if the
-    operands of one are defined while another runs. A product by 1 defines them here.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(strided(words),), return_type=_operand_type(dtype))
-    def run(_, words):
-        ops = lanes.LaneOps(dtype.name)
-        one = lanes.Word(int(np.ones(2, dtype).view(np.uint32)[0]))
-        words = enumerate(lanes.registers(words))
-        products = ((i, ops.multiply_pair(word, one)) for i, word in words)
-        return _operand(dtype, ((*divmod(i, STEP // 8), pair) for i, pair in products))
-
-    return run(words)
-
-
-def _store_rows(dtype, y, first, words, out_smem):
-    """Writes 64 columns of yᵀ, from `first` on, as rows of 64 features.
-
-    `words` has what they are added to, if there is any: see `Onto.load`.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            plgpu.Layout.WGMMA,
-            tuple(map(strided, words)),
-            plgpu.RefType(_swizzled()),
-        )
-    )
-    def run(_, y, words, out):
-        ops = lanes.LaneOps(dtype.name)
-        lane = lanes.lane_index()
-        feature = lanes.feature(lane)
-        base = lanes.address(out) + (feature & 7) * 2
-        values = y.registers.reshape(-1, 2)
-        added = [lanes.registers(one) for one in words]
-        for i, offset in enumerate(row_offsets(OUT_ROWS)):
-            both = values[first // 8 + i // 2]
-            at = mgpu_utils.c(i % 2, ir.IntegerType.get_signless(32))
-            pair = [llvm.extractelement(r, at) for r in both]
-            for one in added:
-                pair = add_pair(one[i], half_of(dtype), pair)
-            row = (lane & 3) * 2 + offset
-            place = (feature >> 3) ^ (row & 7)
-            lanes.store("b32", base + row * 128 + place * 16, [ops.round_pair(*pair)])
-
-    run(y, words, out_smem)
