@@ -33,10 +33,9 @@ LOGITS_RELATIVE = {"float32": 1e-5, "bfloat16": 5e-2}
 # Cosine of each adapter's gradient, bfloat16 through 4 bits against float32.
 STEP_COSINE = 0.9995
 
-# The same of two policies of recomputation at the same parameters: of two products,
-# each within MATMUL_RELATIVE of the exact one, so at most 1e-2 apart. Their losses
-# there, and over eight steps.
-POLICY_COSINE = 0.99995
+# The same of two policies of recomputation at the same parameters, their losses there,
+# and their losses over eight steps.
+POLICY_COSINE = 0.99999
 POLICY_LOSS_RELATIVE = 1e-6
 POLICY_CURVE_RELATIVE = 5e-4
 

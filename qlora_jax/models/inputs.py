@@ -137,7 +137,9 @@ class Gated:
 
 
 def _gated(gate, up):
-    return jax.nn.silu(gate) * up
+    """In float32, rounded once, as the kernel does: XLA would round every operation."""
+    y = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    return y.astype(gate.dtype)
 
 
 def _gate_backward(gate, up, d):
