@@ -148,6 +148,7 @@ def _matmul(x, packed, addend, onto, spec, implementation):
 
 def _matmul_fwd(x, packed, addend, onto, spec, implementation):
     y = _matmul(x, packed, addend, onto, spec, implementation)
+    # Of onto only whether there is one, which the structure says.
     return y, (packed, addend, None if onto is None else ())
 
 
