@@ -33,9 +33,13 @@ LOGITS_RELATIVE = {"float32": 1e-5, "bfloat16": 5e-2}
 # Cosine of each adapter's gradient, bfloat16 through 4 bits against float32.
 STEP_COSINE = 0.9995
 
-# The same of two policies of recomputation at the same parameters, their losses there,
-# and their losses over eight steps.
-POLICY_COSINE = 0.99999
+# The same of two policies of recomputation at the same parameters: of adapters whose
+# gradient no attention's backward stands before, and of the others. One number of bf16
+# in 100,000 rounded to its neighbour becomes 1e-5 of the latter, since the gradient of
+# a softmax is a difference of numbers that are nearly equal (docs/performance.md). And
+# their losses there, and their losses over eight steps.
+POLICY_COSINE = 0.999999
+POLICY_COSINE_AFTER_ATTENTION = 0.9999
 POLICY_LOSS_RELATIVE = 1e-6
 POLICY_CURVE_RELATIVE = 5e-4
 
