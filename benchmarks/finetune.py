@@ -125,6 +125,7 @@ def measure(case: Case) -> dict:
     from benchmarks import models
     from qlora_jax.train import committed, next_token_loss_sum, step_options
 
+    ql.use_one_gpu()
     device = jax.devices()[0]
     peaks: dict[str, float] = {}
 

@@ -76,6 +76,7 @@ def main() -> None:
     """Finetunes, and shows what changed."""
     began = time.perf_counter()
     args = parse()
+    ql.use_one_gpu()  # the first of CUDA_VISIBLE_DEVICES, and no memory on the others
     # Whatever is wrong with the call is said here, before anything takes long.
     given = vars(args)
     config = ql.TrainConfig(**{k: given[k] for k in vars(SMALL) if k in given})

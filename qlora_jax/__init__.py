@@ -22,6 +22,7 @@ from qlora_jax.lora import split_trainable as split_trainable
 from qlora_jax.lora import unmerge_lora as unmerge_lora
 from qlora_jax.models.config import LlamaConfig as LlamaConfig
 from qlora_jax.models.llama import Llama as Llama
+from qlora_jax.one_gpu import use_one_gpu as use_one_gpu
 from qlora_jax.optim import adam8bit as adam8bit
 from qlora_jax.optim import adamw8bit as adamw8bit
 from qlora_jax.optim import lion8bit as lion8bit

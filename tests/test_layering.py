@@ -36,6 +36,7 @@ ALLOWED = {
     "qlora_jax.checkpoint": set(),
     "qlora_jax.memory": set(),
     "qlora_jax.environment": set(),
+    "qlora_jax.one_gpu": set(),
     "qlora_jax.report": set(),
     "qlora_jax.throughput": {"qlora_jax.lora", "qlora_jax.quant"},
     "qlora_jax.callbacks": {"qlora_jax.memory"},

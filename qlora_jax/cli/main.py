@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from qlora_jax.one_gpu import use_one_gpu
+
 PROGRAM = "qlora-jax"
 # Subcommand -> its module here, imported when it is asked for, and what it does.
 COMMANDS = {
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"Did you mean {near[0]!r}?" if near else f"See {PROGRAM} --help."
         return _say(f"there is no command {name!r}. {hint}", WRONG_CALL)
+    use_one_gpu()
     try:
         module = importlib.import_module(f"qlora_jax.cli.{COMMANDS[name][0]}")
         return module.main(rest)

@@ -1,6 +1,9 @@
 """Kernels on the shards of a mesh of GPUs, against the float64 product."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +108,18 @@ def test_a_step_with_rows_and_paged_state_on_two_gpus():
     on_one = losses(*jax.device_put((x, trainable, frozen), first))
     assert on_two[-1] < on_two[0]
     np.testing.assert_allclose(on_two, on_one, rtol=1e-3)
+
+
+def test_a_process_can_take_one_of_two_gpus():
+    code = (
+        "import qlora_jax as ql; ql.use_one_gpu(); import jax; print(jax.device_count())"
+    )
+    quiet = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=quiet,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["1"]

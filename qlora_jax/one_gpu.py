@@ -1,0 +1,22 @@
+"""One GPU of a host that has several, and nothing on the others."""
+
+import os
+
+import jax
+
+
+def use_one_gpu() -> None:
+    """Lets JAX see the first visible GPU only.
+
+    JAX takes memory on every GPU that it sees, whatever a program uses, and where it
+    sees several, a kernel may be asked to run on a part of its arrays: what cannot is
+    left to the compiler then (what products are added to, the gate in place), scales
+    are decoded and layers copied in front of each product.
+
+    Call it before anything looks at devices; later it changes nothing. Another GPU is
+    chosen as everywhere, by `CUDA_VISIBLE_DEVICES`, of which this takes the first. Who
+    has set `JAX_CUDA_VISIBLE_DEVICES` has chosen, and is left alone. Without a GPU it
+    does nothing.
+    """
+    if "JAX_CUDA_VISIBLE_DEVICES" not in os.environ:
+        jax.config.update("jax_cuda_visible_devices", "0")
