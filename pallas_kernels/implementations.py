@@ -1,5 +1,6 @@
 """Runs an implementation of an op by name, alone or on each shard of a mesh."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -46,14 +47,13 @@ def run(
     Raises:
         NotImplementedError: if the implementation cannot do this.
     """
-    if addend is not None or onto is not None:
-        if name == "sm90" and jax.device_count() == 1:
-            return run_kernel(name, op, x, packed, spec, addend=addend, onto=onto)
+    added = (*(addend or ()), *(() if onto is None else (onto,)))
+    if added and name != "sm90":
         return _add(run(name, op, x, packed, spec), addend, onto)
     if name == "xla":
         return getattr(reference, op)(x, packed, spec)
     if jax.device_count() == 1:
-        return run_kernel(name, op, x, packed, spec)
+        return run_kernel(name, op, x, packed, spec, **_options(added))
     if not spec.blocks_in_rows:
         raise NotImplementedError(
             f"A sharded kernel takes blocks inside rows; {spec.k=}, {spec.block_size=}."
@@ -62,10 +62,10 @@ def run(
     packed = reference.select_layer(packed)
     absmax = reference.decode_absmax(packed, spec)
     single = dataclasses.replace(spec, nested_codebook=None)
-    return sharded_product(x, packed.codes, absmax, name, op, single)
+    return sharded_product(x, packed.codes, absmax, added, name, op, single)
 
 
-def _add(product, addend, onto):
+def _add(product, addend=None, onto=None):
     """The sum of a product and what is added to it.
 
     XLA makes one product of both where the product is the first operand of the sum.
@@ -77,6 +77,18 @@ def _add(product, addend, onto):
     return product + (thin if onto is None else onto + thin)
 
 
+def _options(added: tuple[jax.Array, ...]) -> dict:
+    """What a kernel is told of (), (onto,), (t, u) or (t, u, onto)."""
+    match added:
+        case (onto,):
+            return {"onto": onto}
+        case (t, u):
+            return {"addend": (t, u)}
+        case (t, u, onto):
+            return {"addend": (t, u), "onto": onto}
+    return {}
+
+
 def run_kernel(name, op, x, packed, spec, **options) -> jax.Array:
     """Runs a kernel on the arrays as they are, on one device."""
     module = importlib.import_module(_MODULES[name])
@@ -86,11 +98,12 @@ def run_kernel(name, op, x, packed, spec, **options) -> jax.Array:
         return getattr(module, op)(x, packed, spec, **options)
 
 
-@functools.partial(custom_partitioning, static_argnums=(3, 4, 5))
+@functools.partial(custom_partitioning, static_argnums=(4, 5, 6))
 def sharded_product(
     x: jax.Array,
     codes: jax.Array,
     absmax: jax.Array,
+    added: tuple[jax.Array, ...],
     name: Implementation,
     op: Op,
     spec: PackedSpec,
@@ -105,6 +118,8 @@ def sharded_product(
         x: `[m, k]`, or `[m, n]` for `matmul_dx`.
         codes: uint8 `[n, k // 2]`.
         absmax: float32 `[n, k // block_size]`.
+        added: what the result is added to, see `run`: (), (onto,), (t, u) or both. A
+            kernel adds it where no partial products are summed.
         name: the implementation.
         op: which product.
         spec: what the arrays mean, without nested scales.
@@ -112,15 +127,16 @@ def sharded_product(
 
     # jit keeps the constants of the kernel inside; custom_partitioning takes none.
     @jax.jit
-    def whole(x, codes, absmax):
-        return run_kernel(name, op, x, PackedWeight(codes, absmax), spec)
+    def whole(x, codes, absmax, added):
+        packed = PackedWeight(codes, absmax)
+        return run_kernel(name, op, x, packed, spec, **_options(added))
 
-    return whole(x, codes, absmax)
+    return whole(x, codes, absmax, added)
 
 
 def _partition(name, op, spec, mesh, arguments, result):
     del result
-    x, codes, absmax = arguments
+    x, codes, absmax, added = arguments
     rows = x.sharding.spec[0]
     n_axes = codes.sharding.spec[0]
     # The columns of codes and of scales are cut together or not at all.
@@ -136,17 +152,25 @@ def _partition(name, op, spec, mesh, arguments, result):
         k=spec.k // _count(k_axes, cut),
     )
 
-    def on_shard(x, codes, absmax):
-        y = run_kernel(name, op, x, PackedWeight(codes, absmax), local)
-        if not contracted:
-            return y
-        return jax.lax.psum(y.astype(jnp.float32), contracted).astype(y.dtype)
+    def on_shard(x, codes, absmax, added):
+        kernel = functools.partial(
+            run_kernel, name, op, x, PackedWeight(codes, absmax), local
+        )
+        if added and not contracted:
+            with contextlib.suppress(NotImplementedError):  # that much of it
+                return kernel(**_options(added))
+        y = kernel()
+        if contracted:
+            y = jax.lax.psum(y.astype(jnp.float32), contracted).astype(y.dtype)
+        return _add(y, **_options(added)) if added else y
 
     def place(*spec):
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    weight = place(n_axes, k_axes)
-    return mesh, on_shard, place(rows, kept), (place(rows, contracted), weight, weight)
+    weight, result = place(n_axes, k_axes), place(rows, kept)
+    pair = (place(rows), place(kept)) if len(added) > 1 else ()
+    sums = (*pair, *[result] * (len(added) % 2))
+    return mesh, on_shard, result, (place(rows, contracted), weight, weight, sums)
 
 
 def _axes(entry) -> set:
@@ -165,12 +189,21 @@ def _count(entry, sizes) -> int:
 
 def _rule(name, op, spec, mesh, values, results):
     """Shardy's rule: k is blocks `b` of `t` bytes of `u` codes, cut by whole blocks."""
-    del name, mesh, values, results
-    sizes = {"t": spec.block_size // 2, "u": 2}
-    if op == "matmul":
-        rule = "m (b t u), n (b t), n b -> m n"
-        return rule, {"reduction_factors": ("b", "t", "u"), **sizes}
-    return "m n, n (b t), n b -> m (b t u)", {"reduction_factors": ("n",), **sizes}
+    del name, mesh, results
+    k, n = "(b t u)", "n"
+    contracted, kept = (k, n) if op == "matmul" else (n, k)
+    count = len(values) - 3  # of what is added, in the order of `sharded_product`
+    pair = [f"m r, {kept} r"] if count > 1 else []
+    onto = [f"m {kept}"] * (count % 2)
+    operands = ", ".join([f"m {contracted}, n (b t), n b", *pair, *onto])
+    factors = {
+        "reduction_factors": ("b", "t", "u") if op == "matmul" else ("n",),
+        "t": spec.block_size // 2,
+        "u": 2,
+    }
+    if pair:
+        factors["need_replication_factors"] = ("r",)
+    return f"{operands} -> m {kept}", factors
 
 
 sharded_product.def_partition(_partition, sharding_rule=_rule)

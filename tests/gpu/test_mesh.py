@@ -39,9 +39,10 @@ def place(array, *spec):
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def relative_error(y, op, x):
+def relative_error(y, op, x, added=0):
     exact = np.asarray(dequantize(weight(), jnp.float32), np.float64)
     expected = np.asarray(x, np.float64) @ (exact if op == "matmul" else exact.T)
+    expected = expected + added
     return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(
         expected
     )
@@ -75,6 +76,40 @@ def test_product_on_two_gpus(implementation, op, m, rows, n_axis, k_axis):
     y = multiply(place(x, rows), jax.tree.map(cut, w.packed))
     assert len(y.sharding.device_set) == 2
     assert relative_error(y, op, x) < MATMUL_RELATIVE["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    "rows, n_axis, k_axis",
+    [("a", None, None), (None, "a", None), (None, None, "a")],
+    ids=["rows", "n", "k"],
+)
+@pytest.mark.parametrize("op", OPS)
+def test_what_a_product_is_added_to_on_two_gpus(op, rows, n_axis, k_axis):
+    w = weight()
+    width, features = (K, N) if op == "matmul" else (N, K)
+    keys = jax.random.split(jax.random.key(1), 4)
+    x = jax.random.normal(keys[0], (512, width), jnp.bfloat16)
+    t = jax.random.normal(keys[1], (512, 16), jnp.bfloat16)
+    u = jax.random.normal(keys[2], (features, 16), jnp.bfloat16)
+    onto = jax.random.normal(keys[3], (512, features), jnp.bfloat16)
+
+    def cut(leaf):
+        return place(leaf, *((n_axis, k_axis) if leaf.ndim == 2 else ()))
+
+    @jax.jit
+    def multiply(x, packed, t, u, onto):
+        options = {"addend": (t, u), "onto": onto, "implementation": "sm90"}
+        return OPS[op](x, packed, w.spec, **options)
+
+    y = multiply(
+        place(x, rows),
+        jax.tree.map(cut, w.packed),
+        place(t, rows),
+        place(u),
+        place(onto),
+    )
+    t, u, onto = (np.asarray(a, np.float64) for a in (t, u, onto))
+    assert relative_error(y, op, x, t @ u.T + onto) < MATMUL_RELATIVE["bfloat16"]
 
 
 def test_a_step_with_rows_and_paged_state_on_two_gpus():
@@ -111,9 +146,7 @@ def test_a_step_with_rows_and_paged_state_on_two_gpus():
 
 
 def test_a_process_can_take_one_of_two_gpus():
-    code = (
-        "import qlora_jax as ql; ql.use_one_gpu(); import jax; print(jax.device_count())"
-    )
+    code = "import jax, qlora_jax as ql; ql.use_one_gpu(); print(jax.device_count())"
     quiet = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -18,9 +18,15 @@ def plain_form_as_kernel(monkeypatch):
     """What each shard was asked for, in `calls`; the plain form answers."""
     calls = []
 
-    def run_kernel(name, op, x, packed, spec):
-        calls.append((op, x.shape, packed.codes.shape, (spec.n, spec.k)))
-        return getattr(reference, op)(x, packed, spec)
+    def run_kernel(name, op, x, packed, spec, *, addend=None, onto=None):
+        adds = tuple(
+            a.shape for a in (*(addend or ()), *(() if onto is None else (onto,)))
+        )
+        calls.append((op, x.shape, packed.codes.shape, (spec.n, spec.k), adds))
+        y = getattr(reference, op)(x, packed, spec)
+        if addend is not None:
+            y += addend[0] @ addend[1].T
+        return y if onto is None else y + onto
 
     monkeypatch.setattr(implementations, "run_kernel", run_kernel)
     return calls
@@ -40,7 +46,8 @@ def plain_form_as_kernel(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("op", ["matmul", "matmul_dx"])
-def test_every_way_to_cut(plain_form_as_kernel, op, rows, n_axis, k_axis, local):
+@pytest.mark.parametrize("adds", [(), ("onto",), ("t", "u"), ("t", "u", "onto")])
+def test_every_way_to_cut(plain_form_as_kernel, adds, op, rows, n_axis, k_axis, local):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
     def place(array, *spec):
@@ -51,15 +58,25 @@ def test_every_way_to_cut(plain_form_as_kernel, op, rows, n_axis, k_axis, local)
     contracted = SPEC.k if op == "matmul" else SPEC.n
     x = jax.random.normal(jax.random.key(1), (32, contracted))
     expected = getattr(reference, op)(x, packed, SPEC)
+    shapes = {"t": (32, 24), "u": (expected.shape[1], 24), "onto": expected.shape}
+    keys = jax.random.split(jax.random.key(2), 3)
+    values = {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    if "t" in adds:
+        expected += values["t"] @ values["u"].T
+    expected += values["onto"] if "onto" in adds else 0
     f = jax.jit(
-        lambda x, codes, absmax: implementations.sharded_product(
-            x, codes, absmax, "sm90", op, SPEC
+        lambda x, codes, absmax, added: implementations.sharded_product(
+            x, codes, absmax, added, "sm90", op, SPEC
         )
     )
     y = f(
         place(x, rows),
         place(packed.codes, n_axis, k_axis),
         place(packed.absmax, n_axis, k_axis),
+        tuple(place(values[name]) for name in adds),
     )
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-4)
     # The last call is the one on a shard; the first, on whole arrays, is the trace.
@@ -67,6 +84,9 @@ def test_every_way_to_cut(plain_form_as_kernel, op, rows, n_axis, k_axis, local)
     assert plain_form_as_kernel[-1][1][0] == (
         32 // {"a": 2, "b": 4}[rows] if rows else 32
     )
+    # A kernel adds where its product is whole, and once where it is a part of a sum.
+    is_part = local[1 if op == "matmul" else 0] < contracted
+    assert len(plain_form_as_kernel[-1][4]) == (0 if is_part else len(adds))
 
 
 def test_nested_scales_are_decoded_before_the_cut(plain_form_as_kernel):
