@@ -1,6 +1,8 @@
 """One GPU of a host that has several, and nothing on the others."""
 
 import os
+import warnings
+from typing import Any
 
 import jax
 
@@ -20,3 +22,17 @@ def use_one_gpu() -> None:
     """
     if "JAX_CUDA_VISIBLE_DEVICES" not in os.environ:
         jax.config.update("jax_cuda_visible_devices", "0")
+
+
+def warn_of_others(arrays: Any) -> None:
+    """Warns where these arrays are on one GPU and JAX sees others too."""
+    leaves = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
+    devices = {device for leaf in leaves for device in leaf.devices()}
+    count = jax.device_count()
+    if jax.default_backend() == "gpu" and len(devices) == 1 and count > 1:
+        warnings.warn(
+            f"The model is on one GPU and JAX sees {count}, on all of which it takes "
+            "memory, and some kernels are left out: call qlora_jax.use_one_gpu() "
+            "before anything looks at devices, or set CUDA_VISIBLE_DEVICES.",
+            stacklevel=3,
+        )

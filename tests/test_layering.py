@@ -51,6 +51,7 @@ ALLOWED = {
         "qlora_jax.callbacks",
         "qlora_jax.checkpoint",
         "qlora_jax.lora",
+        "qlora_jax.one_gpu",
         "qlora_jax.optim",
         "qlora_jax.run",
         "qlora_jax.sharding",

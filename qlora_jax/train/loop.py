@@ -23,6 +23,7 @@ import optax
 from qlora_jax.callbacks import Callback, StepReport
 from qlora_jax.checkpoint import CheckpointError
 from qlora_jax.lora import join_trainable, split_trainable
+from qlora_jax.one_gpu import warn_of_others
 from qlora_jax.optim import SkipNonfiniteState
 from qlora_jax.run import Run
 from qlora_jax.sharding import committed
@@ -123,6 +124,7 @@ class _Loop:
         if not consume:  # the step donates what it is given
             trainable = jax.tree.map(jnp.copy, trainable)
         trainable = committed(trainable)
+        warn_of_others(trainable)
         arrays = [trainable, committed(tx.init(trainable))]
         if config.ema:
             arrays.append(jax.tree.map(jnp.copy, trainable))
