@@ -27,7 +27,7 @@ def sample(
     *,
     temperature: "Float[Array, ''] | float",
     top_p: "Float[Array, ''] | float" = 1.0,
-) -> "Int[Array, 'b']":
+) -> "Int[Array, ' b']":
     """Draws a token from softmax(logits / temperature), the nucleus of it alone.
 
     Args:

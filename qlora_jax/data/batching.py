@@ -54,7 +54,7 @@ class Rows:
         self.documents = Documents.of(examples).fitted(seq_len)
         lengths = self.documents.lengths
         self._rows: Sequence[Sequence[int]] | None = None
-        self.lengths: "Int64[np.ndarray, 'rows']" = lengths
+        self.lengths: "Int64[np.ndarray, ' rows']" = lengths
         if packing:
             self._rows = best_fit(lengths, seq_len)
             self.lengths = np.array([lengths[row].sum() for row in self._rows])
@@ -209,7 +209,7 @@ class Batches:
         number, place = divmod(place, len(self.rows))
         return int(self._order(number)[place])
 
-    def _order(self, number: int) -> "Int[np.ndarray, 'rows']":
+    def _order(self, number: int) -> "Int[np.ndarray, ' rows']":
         if number not in self._orders:
             # A batch may span two passes, so the one before is kept.
             before = {n: o for n, o in self._orders.items() if n == number - 1}

@@ -31,15 +31,15 @@ class Documents(Sequence[Example]):
         answer_mask: of each token, True in an answer; None: where `loss_mask` is.
     """
 
-    tokens: "Int32[np.ndarray, 'total']"
-    loss_mask: "Bool[np.ndarray, 'total']"
-    starts: "Int64[np.ndarray, 'n']"
-    stops: "Int64[np.ndarray, 'n']"
-    divisible: "Bool[np.ndarray, 'n']"
-    truncated: "Bool[np.ndarray, 'n']"
+    tokens: "Int32[np.ndarray, ' total']"
+    loss_mask: "Bool[np.ndarray, ' total']"
+    starts: "Int64[np.ndarray, ' n']"
+    stops: "Int64[np.ndarray, ' n']"
+    divisible: "Bool[np.ndarray, ' n']"
+    truncated: "Bool[np.ndarray, ' n']"
     name: str = ""
     left_out: int = 0
-    answer_mask: "Bool[np.ndarray, 'total'] | None" = None
+    answer_mask: "Bool[np.ndarray, ' total'] | None" = None
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Documents":
@@ -80,12 +80,12 @@ class Documents(Sequence[Example]):
         )
 
     @property
-    def lengths(self) -> "Int64[np.ndarray, 'n']":
+    def lengths(self) -> "Int64[np.ndarray, ' n']":
         """Tokens of each document."""
         return self.stops - self.starts
 
     @functools.cached_property
-    def target_counts(self) -> "Int64[np.ndarray, 'n']":
+    def target_counts(self) -> "Int64[np.ndarray, ' n']":
         """Tokens of each document that are predicted: never its first."""
         counts = np.zeros(len(self), np.int64)
         for i, (start, stop) in enumerate(zip(self.starts, self.stops, strict=True)):
@@ -103,7 +103,7 @@ class Documents(Sequence[Example]):
         digest.update(np.ascontiguousarray(self.stops))
         return digest.hexdigest()
 
-    def select(self, indices: "Int[np.ndarray, 'm']") -> "Documents":
+    def select(self, indices: "Int[np.ndarray, ' m']") -> "Documents":
         """Returns some of the documents, in the order given."""
         return dataclasses.replace(
             self,
@@ -127,7 +127,7 @@ class Documents(Sequence[Example]):
         mask = self.loss_mask if self.answer_mask is None else self.answer_mask
         return dataclasses.replace(self, loss_mask=mask, answer_mask=None)
 
-    def learnable(self, seq_len: int) -> "Bool[np.ndarray, 'n']":
+    def learnable(self, seq_len: int) -> "Bool[np.ndarray, ' n']":
         """Returns which documents have something to learn when cut to `seq_len`."""
         ends = np.minimum(self.stops, self.starts + seq_len)
         stops = np.where(self.divisible, self.stops, ends)

@@ -197,10 +197,10 @@ class Mixture:
         return group
 
     @functools.cached_property
-    def _all_lengths(self) -> "Int[np.ndarray, 'rows']":
+    def _all_lengths(self) -> "Int[np.ndarray, ' rows']":
         return np.concatenate([rows.lengths for rows in self._sources])
 
-    def _width(self, lengths: "Int[np.ndarray, 'n']") -> int:
+    def _width(self, lengths: "Int[np.ndarray, ' n']") -> int:
         if not self._grouped:
             return self._widths[-1]
         return self._widths[bisect.bisect_left(self._widths, lengths.max())]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 
-def best_fit(lengths: "Int[np.ndarray, 'n']", capacity: int) -> list[list[int]]:
+def best_fit(lengths: "Int[np.ndarray, ' n']", capacity: int) -> list[list[int]]:
     """Puts documents into as few rows as the rule finds.
 
     From the longest to the shortest, each goes into the row with the least room that

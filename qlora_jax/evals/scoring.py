@@ -36,7 +36,7 @@ def log_probs(
 def next_log_probs(
     model: Any,
     tokens: "Int[Array | np.ndarray, 'b t']",
-    lengths: "Int[Array | np.ndarray, 'b']",
+    lengths: "Int[Array | np.ndarray, ' b']",
 ) -> "Float[Array, 'b v']":
     """Returns the log-probabilities of what follows the first tokens of each row.
 

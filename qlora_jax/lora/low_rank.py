@@ -151,7 +151,7 @@ def prefers_masked(
 
 def gathered(
     x: "Float[Array, 'rows *batch in']",
-    a: "Float[Array, 'adapters in rank']",
+    a: "Float[Array, ' adapters in rank']",
     b: "Float[Array, 'adapters rank out']",
     ids: "Int32[Array, ' rows']",
 ) -> "Float[Array, 'rows *batch out']":
@@ -170,7 +170,7 @@ def gathered(
 
 def masked(
     x: "Float[Array, 'rows *batch in']",
-    a: "Float[Array, 'adapters in rank']",
+    a: "Float[Array, ' adapters in rank']",
     b: "Float[Array, 'adapters rank out']",
     ids: "Int32[Array, ' rows']",
     project: Product = operator.matmul,

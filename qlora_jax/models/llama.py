@@ -55,7 +55,7 @@ class Cache:
     values: Any
     lengths: Any
 
-    def with_lengths(self, lengths: "Int[Array, 'b']") -> "Cache":
+    def with_lengths(self, lengths: "Int[Array, ' b']") -> "Cache":
         """Returns the cache with only the first `lengths` tokens of each row."""
         return dataclasses.replace(self, lengths=lengths)
 

@@ -27,7 +27,7 @@ class Moment8bit:
     """
 
     codes: "UInt8[Array, '*shape']"
-    absmax: "Float32[Array, 'blocks']"
+    absmax: "Float32[Array, ' blocks']"
 
 
 Moment = Moment8bit | jax.Array  # float32 in the shape of the parameter, if an array

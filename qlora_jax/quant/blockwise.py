@@ -27,7 +27,7 @@ def check_block_size(block_size: int) -> None:
 
 def quantize_blockwise(
     x: "Shaped[Array, '*shape']", format: str | Format, *, block_size: int
-) -> "tuple[UInt8[Array, '*shape'], Float32[Array, 'blocks']]":
+) -> "tuple[UInt8[Array, '*shape'], Float32[Array, ' blocks']]":
     """Rounds each number to the nearest code of its block.
 
     The array is flattened row-major and cut into blocks of `block_size`;
@@ -60,7 +60,7 @@ def quantize_blockwise(
 
 def dequantize_blockwise(
     codes: "UInt8[Array, '*shape']",
-    absmax: "Float32[Array, 'blocks']",
+    absmax: "Float32[Array, ' blocks']",
     format: str | Format,
     *,
     block_size: int,

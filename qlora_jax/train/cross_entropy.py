@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def chunked_cross_entropy(
     head: "Head",
     hidden: "Float[Array, 't d']",
-    targets: "Int[Array, 't']",
-    weights: "Float[Array, 't']",
+    targets: "Int[Array, ' t']",
+    weights: "Float[Array, ' t']",
     chunk_size: int,
 ) -> "Float[Array, '']":
     """Returns the weighted sum of -log softmax(head(hidden))[targets].
@@ -65,8 +65,8 @@ def _chunk_loss(head: Any, x: Any, held: Any, target: Any, weight: Any) -> Any:
 
 @jax.custom_vjp
 def token_losses(
-    logits: "Float[Array, 'chunk v']", target: "Int[Array, 'chunk']"
-) -> "Float[Array, 'chunk']":
+    logits: "Float[Array, 'chunk v']", target: "Int[Array, ' chunk']"
+) -> "Float[Array, ' chunk']":
     """Returns -log softmax(logits)[target] of each row.
 
     The logits are read once, and once more for their gradient, which is written by one
@@ -92,7 +92,7 @@ def _token_losses_bwd(residuals, ct):
 token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
 
 
-def _log_sum_exp(x: "Float[Array, 'chunk v']") -> "Float[Array, 'chunk']":
+def _log_sum_exp(x: "Float[Array, 'chunk v']") -> "Float[Array, ' chunk']":
     """The logarithm of the sum of exponentials of each row, in one pass over it.
 
     What is added up are pairs: a maximum, and the sum of exp(x - maximum) so far.
