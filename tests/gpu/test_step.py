@@ -47,25 +47,34 @@ def batch(rows, seq, packed=False):
     return {"tokens": tokens, "segment_ids": jnp.broadcast_to(ids, (rows, seq))}
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("rows, seq", [(1, 512), (4, 2048)])
-def test_gradients_are_those_of_the_float32_model(rows, seq, packed):
-    trainable, frozen, exact = models(CONFIG, rank=16)
-    data = batch(rows, seq, packed)
+def assert_as_the_float32_model(models_of_both, data, remats):
+    trainable, frozen, exact = models_of_both
     # XLA would try hundreds of its own float32 products, minutes of compilation.
     library = {"xla_gpu_enable_triton_gemm": False}
     with jax.default_matmul_precision("highest"):
         exact_loss, expected = gradient(
             trainable, exact, data, compiler_options=library
         )
-    for remat in ("none", "full"):
-        options = step_options(rows * seq, remat=remat)
+    for remat in remats:
+        options = step_options(data["tokens"].size, remat=remat)
         loss, found = gradient(
             trainable, frozen, data, compiler_options=options, remat=remat
         )
         assert abs(loss - exact_loss) < 0.01 * exact_loss
         for path, cosine in cosines(found, expected).items():
             assert cosine >= STEP_COSINE, (remat, path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows, seq", [(1, 512), (4, 2048)])
+def test_gradients_are_those_of_the_float32_model(rows, seq, packed):
+    data = batch(rows, seq, packed)
+    assert_as_the_float32_model(models(CONFIG, rank=16), data, ("none", "full"))
+
+
+def test_gradients_are_those_of_the_float32_model_at_the_widths_of_8b():
+    both = models(WIDE, rank=16, embedding=200)
+    assert_as_the_float32_model(both, batch(4, 512), ("none", "full", "offload"))
 
 
 def test_what_waits_on_the_host_comes_back_as_it_was():

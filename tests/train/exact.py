@@ -12,9 +12,14 @@ from qlora_jax.quant import dequantize, quantize
 from qlora_jax.train import next_token_loss
 
 
-def models(config, rank):
-    """Both split: adapters (the same float32 arrays) and the rest."""
+def models(config, rank, embedding=1):
+    """Both split: adapters (the same float32 arrays) and the rest.
+
+    Embeddings are multiplied by a number: large ones keep tokens apart from each other.
+    Where they are alike, the gradient of attention is a difference of equal numbers.
+    """
     low = Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    low.embed = nnx.Param(low.embed[...] * embedding)
     high = Llama(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
     for name in ("embed", "lm_head", "norm"):
         value = getattr(low, name)[...].astype(jnp.float32)
