@@ -32,7 +32,8 @@ import safetensors.numpy
 
 from qlora_jax.interop.hub import load_model
 from qlora_jax.interop.weights import expected_shapes
-from qlora_jax.models.config import LlamaConfig, config_to_hf
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config_hf import config_to_hf
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 SHARD_BYTES = 1_100_000_000  # the embedding is 1.05 GB

@@ -28,7 +28,8 @@ from qlora_jax.interop.weights import (
     expected_shapes,
 )
 from qlora_jax.lora.merge import MergeReport
-from qlora_jax.models.config import LINEAR_WEIGHTS, config_to_hf
+from qlora_jax.models.config import LINEAR_WEIGHTS
+from qlora_jax.models.config_hf import config_to_hf
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike

@@ -20,7 +20,8 @@ import numpy as np
 
 from qlora_jax.interop.ggml import TENSOR_TYPES, TensorType
 from qlora_jax.interop.weights import ModelFileError
-from qlora_jax.models.config import LlamaConfig, RopeScaling
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.rope import RopeScaling
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"} | {
     10: "Q",

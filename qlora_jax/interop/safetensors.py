@@ -12,7 +12,8 @@ import numpy as np
 
 from qlora_jax.interop.safetensors_header import BITS, fault_of
 from qlora_jax.interop.weights import ModelFileError
-from qlora_jax.models.config import LlamaConfig, config_from_hf
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config_hf import config_from_hf
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -19,12 +19,8 @@ from qlora_jax.interop.folder import (
 from qlora_jax.interop.safetensors import read_json
 from qlora_jax.interop.weights import expected_shapes, hf_name
 from qlora_jax.lora import LoraTensor
-from qlora_jax.models.config import (
-    LINEAR_WEIGHTS,
-    LlamaConfig,
-    config_from_hf,
-    config_to_hf,
-)
+from qlora_jax.models.config import LINEAR_WEIGHTS, LlamaConfig
+from qlora_jax.models.config_hf import config_from_hf, config_to_hf
 from qlora_jax.models.llama import Llama
 from qlora_jax.quant import QuantizedTensor
 

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_jax.generate import generate
 from qlora_jax.interop.hub import load_model
-from qlora_jax.models.config import config_from_hf, config_to_hf
+from qlora_jax.models.config_hf import config_from_hf, config_to_hf
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.unoptimized

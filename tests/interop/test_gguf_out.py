@@ -10,7 +10,7 @@ from qlora_jax.interop.convert import convert_model
 from qlora_jax.interop.gguf_out import TENSOR_TYPES, permute, save_gguf
 from qlora_jax.interop.hub import load_model
 from qlora_jax.interop.tokenizer import load_tokenizer
-from qlora_jax.models.config import RopeScaling
+from qlora_jax.models.rope import RopeScaling
 from tests.interop.folders import FAMILIES, LLAMA, SPECIAL, write_folder
 
 

@@ -14,7 +14,7 @@ from qlora_jax.interop import folder
 from qlora_jax.interop.hub import load_model
 from qlora_jax.interop.save import save_model
 from qlora_jax.lora import add_lora, merge_lora
-from qlora_jax.models.config import RopeScaling
+from qlora_jax.models.rope import RopeScaling
 from qlora_jax.quant import dequantize, quantize
 from tests.conftest import GOLDEN
 from tests.interop.folders import write_folder
