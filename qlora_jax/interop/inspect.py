@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.interop import peft
+from qlora_jax.interop import peft_files
 from qlora_jax.interop.gguf import GGUFFile
 from qlora_jax.interop.hub import find_model
 from qlora_jax.interop.safetensors import SafetensorsFiles, read_json, refuse_pickle
@@ -131,13 +131,13 @@ def inspect_file(path: str | os.PathLike[str], revision: str | None = None) -> C
 
 
 def _folder(path: pathlib.Path) -> Contents:
-    if (path / peft.CONFIG).is_file():
-        weights = path / peft.WEIGHTS
+    if (path / peft_files.CONFIG).is_file():
+        weights = path / peft_files.WEIGHTS
         if not weights.is_file():
             refuse_pickle(path)
             raise ModelFileError(f"{weights} is missing.")
         rows = _rows(SafetensorsFiles([weights]))
-        return Contents(path, "adapter", rows, read_json(path / peft.CONFIG))
+        return Contents(path, "adapter", rows, read_json(path / peft_files.CONFIG))
     rows = _rows(SafetensorsFiles.of_folder(path))
     config = path / "config.json"
     metadata = read_json(config) if config.is_file() else {}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.interop import peft_whole
-from qlora_jax.interop.peft import (
+from qlora_jax.interop.peft_files import (
     CONFIG,
     WEIGHTS,
     Part,

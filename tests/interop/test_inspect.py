@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from qlora_jax.interop import peft, safetensors
+from qlora_jax.interop import peft_files, safetensors
 from qlora_jax.interop.convert import convert_model
 from qlora_jax.interop.inspect import inspect_file
 from qlora_jax.interop.weights import ModelFileError
@@ -74,7 +74,7 @@ def test_tensors_in_and_out(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     weights = write_folder(tmp_path / "m", shards=2)
     assert safetensors.load(tmp_path / "m").keys() == weights.keys()
-    config, parts = peft.load(PEFT / "plain")
-    peft.save(tmp_path / "adapter", config, parts)
-    again = peft.load(tmp_path / "adapter")
+    config, parts = peft_files.load(PEFT / "plain")
+    peft_files.save(tmp_path / "adapter", config, parts)
+    again = peft_files.load(tmp_path / "adapter")
     assert again[0] == config and again[1].keys() == parts.keys()
