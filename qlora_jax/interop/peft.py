@@ -31,7 +31,6 @@ from qlora_jax.interop.peft_files import (
 )
 from qlora_jax.interop.safetensors import read_json
 from qlora_jax.interop.weights import ModelFileError, hf_name
-from qlora_jax.lora.adapters import trained_whole
 from qlora_jax.lora.initial import with_magnitude
 from qlora_jax.lora.lora import LoraTensor, scale_of, unwrapped
 from qlora_jax.lora.merge import one_adapter
@@ -42,6 +41,7 @@ from qlora_jax.lora.places import (
     replace_weights,
 )
 from qlora_jax.lora.tokens import fold_rows, rows_of
+from qlora_jax.lora.trainable import trained_whole
 
 # From the path of a weight to the name of its module in the checkpoint's model, `{}`
 # standing for the layer if the weight is stacked.

@@ -4,9 +4,6 @@ from qlora_jax.lora import functions as functions
 from qlora_jax.lora import linen as linen
 from qlora_jax.lora import nnx as nnx
 from qlora_jax.lora.adapters import add_lora as add_lora
-from qlora_jax.lora.adapters import join_trainable as join_trainable
-from qlora_jax.lora.adapters import split_trainable as split_trainable
-from qlora_jax.lora.adapters import stack_adapters as stack_adapters
 from qlora_jax.lora.bank import AdapterBank as AdapterBank
 from qlora_jax.lora.bank import combine_adapters as combine_adapters
 from qlora_jax.lora.bank import with_rank as with_rank
@@ -23,3 +20,6 @@ from qlora_jax.lora.plus import lora_plus as lora_plus
 from qlora_jax.lora.rows import TrainedRows as TrainedRows
 from qlora_jax.lora.tokens import fold_rows as fold_rows
 from qlora_jax.lora.tokens import train_rows as train_rows
+from qlora_jax.lora.trainable import join_trainable as join_trainable
+from qlora_jax.lora.trainable import split_trainable as split_trainable
+from qlora_jax.lora.trainable import stack_adapters as stack_adapters

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.lora.adapters import join_trainable, split_trainable, stack_adapters
 from qlora_jax.lora.initial import exact_product
 from qlora_jax.lora.lora import LoraTensor
 from qlora_jax.lora.places import map_lora, opened
+from qlora_jax.lora.trainable import join_trainable, split_trainable, stack_adapters
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32

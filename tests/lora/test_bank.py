@@ -16,7 +16,7 @@ from qlora_jax.lora import (
 )
 from qlora_jax.lora.low_rank import prefers_masked
 from tests.lora.models import Model, tokens
-from tests.lora.test_adapters import perturbed
+from tests.lora.trees import perturbed
 
 KEY = jax.random.key(7)
 

@@ -13,7 +13,7 @@ from qlora_jax.lora import (
     split_trainable,
     stack_adapters,
 )
-from tests.lora.test_adapters import perturbed
+from tests.lora.trees import perturbed
 
 pytestmark = pytest.mark.unoptimized
 

@@ -16,7 +16,7 @@ from qlora_jax.lora import (
     split_trainable,
 )
 from qlora_jax.quant import QuantizedTensor, quantize
-from tests.lora.test_adapters import perturbed
+from tests.lora.trees import perturbed
 from tests.tolerances import LOGITS_RELATIVE
 
 pytestmark = pytest.mark.unoptimized

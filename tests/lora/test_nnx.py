@@ -20,7 +20,7 @@ from qlora_jax.lora import (
 from qlora_jax.lora import nnx as adapted_layers
 from qlora_jax.lora.forms import conv_form
 from qlora_jax.quant import QuantizedTensor, dequantize
-from tests.lora.test_adapters import perturbed
+from tests.lora.trees import perturbed
 from tests.tolerances import LOGITS_RELATIVE
 
 pytestmark = pytest.mark.unoptimized

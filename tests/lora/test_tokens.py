@@ -22,7 +22,7 @@ from qlora_jax.lora import (
 )
 from qlora_jax.models import Llama, LlamaConfig
 from qlora_jax.quant import quantize
-from tests.lora.test_adapters import perturbed
+from tests.lora.trees import perturbed
 from tests.tolerances import MATMUL_RELATIVE
 
 pytestmark = pytest.mark.unoptimized
