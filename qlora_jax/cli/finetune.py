@@ -1,218 +1,23 @@
 """`qlora-jax finetune`: QLoRA from a checkpoint and rows of text to an adapter."""
 
 import dataclasses
-import math
 import pathlib
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from qlora_jax.callbacks import Callback, ProgressBar
-from qlora_jax.cli.model import Precision, dtype_of, fingerprint
+from qlora_jax.cli.finetune_evaluation import Evaluation
+from qlora_jax.cli.finetune_options import SHOWN, Finetune, options
+from qlora_jax.cli.model import dtype_of, fingerprint
 from qlora_jax.cli.parsing import (
     by_pattern,
     command_line,
-    parse,
-    read_yaml,
     source_of,
-    split_config,
 )
-from qlora_jax.cli.presets import PRESETS
 from qlora_jax.run import Run
 from qlora_jax.train import Stopped, TrainConfig, may_change
-
-
-@dataclasses.dataclass(frozen=True)
-class Finetune(TrainConfig):
-    """Finetunes a model; the adapter, the numbers and a report go into a folder.
-
-    CONFIG.yaml has a line `name: value` for each setting; flags change them.
-
-    The paper's are presets: --preset guanaco-7b, guanaco-13b, -33b or -65b.
-
-    The same command goes on with a run that was ended, however it was.
-
-    Attributes:
-        model: a folder, a .gguf file, owner/name on the Hugging Face hub, or
-            SmolLM2-135M-Instruct, which needs no account.
-        data: files, folders or hf:owner/name; or mappings with more about a source, as
-            '{"path": "a.jsonl", "weight": 2}'.
-        eval_data: rows to evaluate on, as data.
-        eval_size: without eval_data: rows of the data held out, a number or a share.
-        format: what the rows are, see `qlora-jax data formats`; auto finds it by their
-            fields.
-        answers: learn the last answer of a conversation, or all of them.
-        train_on_source: learn the questions too.
-        source_max_len: tokens that a question is cut to.
-        target_max_len: tokens that an answer is cut to.
-        truncate_source: which end of a question falls.
-        chat_template: guanaco, alpaca, chatml, hermes, plain, or Jinja source; None for
-            the model's own.
-        packing: several documents to a row, none seeing another.
-        group_by_length: rows of like length share a batch.
-        skip_bad_rows: leave out up to so many rows that are not what they should be.
-        epochs: passes over the data, instead of steps; 0 for steps.
-        quantize: format of the frozen weights (nf4, fp4, int8, ...); none leaves them
-            as they are in the file.
-        double_quant: quantize the scales of the blocks too.
-        dtype: type of the rest and of the computation; auto is float32 on a CPU, where
-            it is faster, and bfloat16 elsewhere.
-        revision: branch, tag or commit of a model on the hub.
-        targets: which weights get adapters, a regular expression over their paths; None
-            for all linear layers.
-        rank_pattern: ranks that differ, as 'down_proj=16': a regular expression over
-            paths and a number.
-        alpha_pattern: alphas that differ, as 'down_proj=8': a regular expression over
-            paths and a number.
-        train_rows: tokens whose rows of the embedding are trained too, as those of new
-            tokens.
-        init: first values of the adapters.
-        rslora: scale adapters by alpha / sqrt(rank).
-        dora: train the magnitude of each column too.
-        paged: keep the optimizer's state in host memory.
-        lean: adapters and their gradients in bfloat16, float32 masters in the
-            optimizer's state: the least memory, for the largest models.
-        samples: held-out rows that are answered before, at evaluations and after.
-        sample_tokens: most tokens of such an answer.
-        mmlu: a file of MMLU questions; accuracy on them joins each evaluation.
-        mmlu_shots: a file of solved questions, five of which come before each.
-        mmlu_limit: take only so many questions of each subject; 0 for all.
-        out: folder of the run; None for runs/ and the model's name.
-        resume: go on with the run in that folder, if one is there.
-    """
-
-    model: str = "SmolLM2-135M-Instruct"
-    data: tuple[str, ...] = ()
-    eval_data: tuple[str, ...] = ()
-    eval_size: int | float = 64
-    format: str = "auto"
-    answers: Literal["last", "all"] = "last"
-    train_on_source: bool = False
-    source_max_len: int | None = None
-    target_max_len: int | None = None
-    truncate_source: Literal["right", "left"] = "right"
-    chat_template: str | None = None
-    packing: bool = False
-    group_by_length: bool = False
-    skip_bad_rows: int = 0
-    epochs: float = 0.0
-    quantize: str = "nf4"
-    double_quant: bool = True
-    dtype: Precision = "auto"
-    revision: str | None = None
-    targets: str | None = None
-    rank_pattern: tuple[str, ...] = ()
-    alpha_pattern: tuple[str, ...] = ()
-    train_rows: tuple[int, ...] = ()
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "loftq"] = "kaiming"
-    rslora: bool = False
-    dora: bool = False
-    paged: bool = True
-    lean: bool = False
-    samples: int = 2
-    sample_tokens: int = 64
-    mmlu: str | None = None
-    mmlu_shots: str | None = None
-    mmlu_limit: int = 0
-    out: str | None = None
-    resume: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.data:
-            raise ValueError(
-                "say what to learn from: --data FILE (see `qlora-jax data formats`)."
-            )
-        if self.eval_every and not self.eval_data and not self.eval_size:
-            raise ValueError(
-                f"eval_every={self.eval_every} asks for evaluations: give --eval-size "
-                "or --eval-data."
-            )
-        if self.epochs < 0 or self.samples < 0 or self.sample_tokens < 1:
-            raise ValueError(
-                f"epochs={self.epochs} and samples={self.samples} must not be "
-                f"negative, sample_tokens={self.sample_tokens} at least 1."
-            )
-        if self.lean and self.ema:
-            raise ValueError(
-                f"ema={self.ema} keeps a running mean of the adapters, which lean=True "
-                "has in bfloat16, where it would stand still: give one of them."
-            )
-        by_pattern("rank_pattern", self.rank_pattern, int)
-        by_pattern("alpha_pattern", self.alpha_pattern, float)
-
-    @property
-    def folder(self) -> str:
-        """The folder of the run."""
-        name = pathlib.Path(self.model).name.removesuffix(".gguf")
-        return self.out or f"runs/{name}"
-
-    def settings(self) -> dict[str, Any]:
-        """Returns all that determines the run, as its config.yaml has it."""
-        settings = dataclasses.asdict(self)
-        for name in ("data", "eval_data"):
-            settings[name] = [source_of(text) for text in settings[name]]
-        return {k: v for k, v in settings.items() if k not in ("out", "resume")}
-
-    def training(self, batches: int) -> TrainConfig:
-        """Returns the part that training takes; `batches` are those of a pass."""
-        names = [field.name for field in dataclasses.fields(TrainConfig)]
-        config = TrainConfig(**{name: getattr(self, name) for name in names})
-        if not self.epochs:
-            return config
-        return dataclasses.replace(config, steps=math.ceil(self.epochs * batches))
-
-
-# What belongs together in the help, most needed first.
-_GROUPS = {
-    "model": ("model", "revision", "quantize", "double_quant", "dtype"),
-    "data": (
-        "data", "eval_data", "eval_size", "format", "chat_template", "answers",
-        "train_on_source", "seq_len", "source_max_len", "target_max_len",
-        "truncate_source", "packing", "group_by_length", "skip_bad_rows",
-    ),
-    "adapter": (
-        "rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "also",
-        "train_rows", "init", "rslora", "dora",
-    ),
-    "training": (
-        "steps", "epochs", "batch_size", "learning_rate", "schedule", "warmup_steps",
-        "algorithm", "b1", "b2", "weight_decay", "lora_plus", "max_grad_norm",
-        "neftune_alpha", "ema", "seed",
-    ),
-    "memory": ("accumulate", "paged", "lean", "remat", "unroll", "chunk_size"),
-    "evaluation": (
-        "eval_every", "patience", "samples", "sample_tokens", "mmlu", "mmlu_shots",
-        "mmlu_limit",
-    ),
-    "run": ("out", "resume", "save_every", "keep", "max_skipped"),
-}  # fmt: skip
-# Of what only shows how it goes: it may change when a run is taken up again.
-_SHOWN = {"samples", "sample_tokens", "mmlu", "mmlu_shots", "mmlu_limit"}
-
-
-def options(argv: Sequence[str]) -> Finetune:
-    """Returns the options: a preset, changed by a file, changed by flags."""
-    path, argv = split_config(argv)
-    name, argv = _preset(argv)
-    values = {} if path is None else read_yaml(path, Finetune)
-    if name is not None:
-        values = {**PRESETS[name], **values}
-    prog = "qlora-jax finetune [CONFIG.yaml] [--preset NAME]"
-    return parse(Finetune, argv, prog, values=values, groups=_GROUPS)
-
-
-def _preset(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    rest, name = list(argv), None
-    for i, word in enumerate(rest):
-        if word == "--preset" or word.startswith("--preset="):
-            name = word.partition("=")[2] or (rest[i + 1 : i + 2] or [""])[0]
-            del rest[i : i + (1 if "=" in word else 2)]
-            break
-    if name is not None and name not in PRESETS:
-        raise ValueError(f"--preset {name!r} must be one of {', '.join(PRESETS)}.")
-    return name, rest
 
 
 def main(argv: Sequence[str]) -> int:
@@ -241,7 +46,7 @@ def finetune(args: Finetune) -> None:
     absl.logging.set_verbosity(absl.logging.FATAL)
     began = time.perf_counter()
     # Whatever is wrong with the call is said before anything takes long.
-    free = may_change(args.schedule) | _SHOWN
+    free = may_change(args.schedule) | SHOWN
     free -= {"steps"} if args.epochs else set()
     usual = {field.name: field.default for field in dataclasses.fields(args)}
     run = Run(
@@ -469,60 +274,3 @@ class SaveBest(Callback):
         """Writes, if it is the best."""
         if best:
             _save_adapter(model, self.folder, self.base_model, self.whole)
-
-
-class Evaluation:
-    """From a model to what is known about it on rows that it did not learn.
-
-    Args:
-        args: which of it is wanted.
-        prepared: the data.
-        tokenizer: of the model.
-    """
-
-    def __init__(self, args: Finetune, prepared: Any, tokenizer: Any):
-        self._args, self._prepared, self._tokenizer = args, prepared, tokenizer
-        self._questions: Any = None
-        if args.mmlu is not None:
-            from qlora_jax.evals.mmlu import read_questions
-
-            self._questions = read_questions(
-                args.mmlu, shots=args.mmlu_shots, limit=args.mmlu_limit or None
-            )
-
-    def __call__(self, model: Any) -> dict[str, Any]:
-        """Returns loss, perplexity, accuracy and samples, as far as they are wanted."""
-        from qlora_jax.train import evaluate
-
-        numbers: dict[str, Any] = {}
-        if self._prepared.evaluation:
-            batches, chunk = self._prepared.evaluation, self._args.chunk_size
-            loss = evaluate(model, batches, chunk_size=chunk)
-            # The exponential of a greater loss is no float.
-            numbers = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700))}
-        if self._questions is not None:
-            from qlora_jax.evals.mmlu import mmlu
-
-            result = mmlu(model, self._tokenizer, self._questions)
-            numbers |= {"mmlu": result.accuracy, "mmlu_subjects": result.mean}
-        if self._args.samples and self._prepared.evaluation:
-            numbers["samples"] = self._samples(model)
-        return numbers
-
-    def _samples(self, model: Any) -> list[dict[str, str]]:
-        import qlora_jax as ql
-
-        rows = self._prepared.samples(self._args.samples)
-        ids = [prompt for prompt, _ in rows]
-        ends = {*model.config.eos_token_id, self._tokenizer.eos_id}
-        count = self._args.sample_tokens
-        answers = ql.generate(model, ids, max_new_tokens=count, eos_ids=sorted(ends))
-        decode = self._tokenizer.decode
-        return [
-            {
-                "prompt": decode(prompt).strip(),
-                "wanted": decode(wanted).strip(),
-                "answer": decode(answer).strip(),
-            }
-            for (prompt, wanted), answer in zip(rows, answers, strict=True)
-        ]

@@ -7,7 +7,7 @@ import shlex
 import pytest
 import yaml
 
-from qlora_jax.cli.finetune import Finetune, options
+from qlora_jax.cli.finetune_options import Finetune, options
 from qlora_jax.data import as_sources
 from tests.conftest import ROOT
 from tests.interop.folders import write_folder
