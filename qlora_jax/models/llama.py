@@ -23,14 +23,17 @@ from jax.ad_checkpoint import checkpoint_name
 from qlora_jax.models.attention import attention
 from qlora_jax.models.config import MLP_WEIGHTS, LlamaConfig
 from qlora_jax.models.inputs import Gated, Normed
+from qlora_jax.models.logits import float32_logits
 from qlora_jax.models.offload import Keep
+from qlora_jax.models.positions import document_lengths, rotate, segment_positions
 from qlora_jax.models.remat import Remat, run_layers
 from qlora_jax.models.stack import stack_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-    Rotation = tuple[Float[Array, "b t c/2"], Float[Array, "b t c/2"]]
+    from qlora_jax.models.positions import Rotation
+
     Attend = Callable[[Array, Array, Array], Array]
 
 
@@ -90,81 +93,11 @@ def weight_of(w: Any) -> Any:
     return w.get_value() if isinstance(w, nnx.Variable) else w
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def float32_logits(
-    x: "Float[Array, '*b d']",
-    weight: "Float[Array, 'd v'] | Float[Array, 'v d']",
-    axis: int,
-) -> "Float[Array, '*b v']":
-    """Returns x @ weight in float32, without a float32 copy of either.
-
-    The backward rounds the gradient of the logits to the type of x, so that it
-    multiplies in that type too.
-
-    Args:
-        x: hidden states.
-        weight: of the head.
-        axis: of `weight`, that is multiplied along: 0 for [d, v], 1 for [v, d].
-    """
-    contract = (((x.ndim - 1,), (axis,)), ((), ()))
-    return lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
-
-
-def _logits_fwd(x, weight, axis):
-    return float32_logits(x, weight, axis), (x, weight)
-
-
-def _logits_bwd(axis, residuals, gradient):
-    x, weight = residuals
-    gradient = gradient.astype(x.dtype)
-    contract = (((x.ndim - 1,), (1 - axis,)), ((), ()))
-    dx = lax.dot_general(gradient, weight, contract)
-    # Not computed where nobody asks for it: the head of a finetuned model is frozen.
-    rows = tuple(range(x.ndim - 1))
-    pair = (gradient, x) if axis else (x, gradient)
-    dw = lax.dot_general(*pair, ((rows, rows), ((), ())))
-    return dx, dw.astype(weight.dtype)
-
-
-float32_logits.defvjp(_logits_fwd, _logits_bwd)
-
-
 def rms_norm(
     x: "Float[Array, '*b d']", scale: "nnx.Param", eps: float
 ) -> "Float[Array, '*b d']":
     """Returns x / sqrt(mean(x²) + eps) · scale, computed in float32."""
     return Normed(x, scale[...], eps).whole()
-
-
-def rotate(
-    x: "Float[Array, 'b t h c']", rotation: "Rotation"
-) -> "Float[Array, 'b t h c']":
-    """Turns the pairs (x[i], x[i + c/2]) of each head by the angles of its position."""
-    cos, sin = (r[:, :, None] for r in rotation)  # [b, t, 1, c/2]
-    x1, x2 = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
-    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-def segment_positions(segment_ids: "Int[Array, 'b t']") -> "Int[Array, 'b t']":
-    """Returns the place of each token in its document, counted from 0."""
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    first = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
-    return index - lax.cummax(jnp.where(first, index, 0), axis=1)
-
-
-def document_lengths(positions: "Int[Array, 'b t']") -> "Int[Array, 'b t']":
-    """Returns how many tokens the document of each token has, up to its last here.
-
-    A document ends where the next position is not the next number. Its length does not
-    depend on what else the row or the batch holds.
-    """
-    count = positions.shape[1]
-    goes_on = positions[:, 1:] == positions[:, :-1] + 1
-    index = jnp.arange(count, dtype=jnp.int32)
-    ends = jnp.where(jnp.pad(goes_on, ((0, 0), (0, 1))), count - 1, index)
-    last = lax.cummin(ends, axis=1, reverse=True)
-    return jnp.take_along_axis(positions, last, axis=1) + 1
 
 
 class Layer(nnx.Module):

@@ -11,7 +11,6 @@ from jax.extend.core import jaxprs_in_params
 from qlora_jax.interop.hub import load_model
 from qlora_jax.lora import add_lora, join_trainable, split_trainable
 from qlora_jax.models import Llama, LlamaConfig, config_from_hf
-from qlora_jax.models.llama import float32_logits
 from qlora_jax.quant import QuantizedTensor
 from tests import tolerances
 from tests.interop.folders import FAMILIES, LLAMA, write_folder
@@ -130,23 +129,6 @@ def test_decoding_with_a_cache_is_the_same_as_without(family):
     assert cache.lengths.tolist() == [13, 13]
     logits = model.head(jnp.concatenate(parts, axis=1))
     np.testing.assert_allclose(logits, model(jnp.array(TOKENS)), atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_logits_and_their_gradients(axis, dtype):
-    rng = np.random.default_rng(0)
-    x, w, g = (rng.standard_normal(shape) for shape in [(2, 5, 8), (8, 12), (2, 5, 12)])
-    expected = x @ w, g @ w.T, np.einsum("btd,btv->dv", x, g)
-    weight = jnp.array(w if axis == 0 else w.T, dtype)
-    head = lambda x, w: float32_logits(x, w, axis)
-    logits, vjp = jax.vjp(head, jnp.array(x, dtype), weight)
-    dx, dw = vjp(jnp.array(g, jnp.float32))
-    assert logits.dtype == jnp.float32 and dx.dtype == dw.dtype == dtype
-    found = logits, dx, dw if axis == 0 else dw.T
-    for a, b in zip(found, expected, strict=True):
-        error = np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
-        assert error <= 2 * tolerances.MATMUL_RELATIVE[jnp.dtype(dtype).name]
 
 
 def test_a_quantized_model_needs_no_other_code(tmp_path):
