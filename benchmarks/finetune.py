@@ -1,10 +1,11 @@
 """Times the whole QLoRA step, from batch to updated adapters, on one GPU.
 
-    python -m benchmarks.finetune              Llama-3-8B, every row of the table
+    python -m benchmarks.finetune              every row of the table
     python -m benchmarks.finetune --only none  rows whose name has that in it
     python -m benchmarks.finetune --layers 4   a trial: fewer layers
 
-Adapters of rank 64 on all linear layers, weights random. Each row is a process of its
+Llama-3-8B, and for what paging costs LLaMA-65B too. Adapters of rank 64 on all linear
+layers, weights random. Each row is a process of its
 own, so that the peak is that of the row. Prints a table, writes
 benchmarks/results/finetune.json.
 """
@@ -80,6 +81,22 @@ CASES = [
         unroll=True,
         accumulate=4,
         steps=3,
+    ),
+    Case(
+        "65B 16x2048",
+        *(16, 2048, "full"),
+        accumulate=4,
+        model="LLaMA-65B",
+        chunk_size=512,
+        steps=2,
+    ),
+    Case(
+        "65B paged 16x2048",
+        *(16, 2048, "full", "paged"),
+        accumulate=4,
+        model="LLaMA-65B",
+        chunk_size=512,
+        steps=2,
     ),
 ]
 

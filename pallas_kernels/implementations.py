@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +47,14 @@ def run(
     Raises:
         NotImplementedError: if the implementation cannot do this.
     """
-    added = (*(addend or ()), *(() if onto is None else (onto,)))
-    if added and name != "sm90":
+    adds = {"addend": addend, "onto": onto}
+    adds = {option: value for option, value in adds.items() if value is not None}
+    if adds and name != "sm90":
         return _add(run(name, op, x, packed, spec), addend, onto)
     if name == "xla":
         return getattr(reference, op)(x, packed, spec)
     if jax.device_count() == 1:
-        return run_kernel(name, op, x, packed, spec, **_options(added))
+        return run_kernel(name, op, x, packed, spec, **adds)
     if not spec.blocks_in_rows:
         raise NotImplementedError(
             f"A sharded kernel takes blocks inside rows; {spec.k=}, {spec.block_size=}."
@@ -62,7 +63,7 @@ def run(
     packed = reference.select_layer(packed)
     absmax = reference.decode_absmax(packed, spec)
     single = dataclasses.replace(spec, nested_codebook=None)
-    return sharded_product(x, packed.codes, absmax, added, name, op, single)
+    return sharded_product(x, packed.codes, absmax, adds, name, op, single)
 
 
 def _add(product, addend=None, onto=None):
@@ -75,18 +76,6 @@ def _add(product, addend=None, onto=None):
     t, u = addend
     thin = reference.dot(t, u, contract=1)
     return product + (thin if onto is None else onto + thin)
-
-
-def _options(added: tuple[jax.Array, ...]) -> dict:
-    """What a kernel is told of (), (onto,), (t, u) or (t, u, onto)."""
-    match added:
-        case (onto,):
-            return {"onto": onto}
-        case (t, u):
-            return {"addend": (t, u)}
-        case (t, u, onto):
-            return {"addend": (t, u), "onto": onto}
-    return {}
 
 
 def run_kernel(name, op, x, packed, spec, **options) -> jax.Array:
@@ -103,7 +92,7 @@ def sharded_product(
     x: jax.Array,
     codes: jax.Array,
     absmax: jax.Array,
-    added: tuple[jax.Array, ...],
+    adds: dict[str, Any],
     name: Implementation,
     op: Op,
     spec: PackedSpec,
@@ -118,8 +107,8 @@ def sharded_product(
         x: `[m, k]`, or `[m, n]` for `matmul_dx`.
         codes: uint8 `[n, k // 2]`.
         absmax: float32 `[n, k // block_size]`.
-        added: what the result is added to, see `run`: (), (onto,), (t, u) or both. A
-            kernel adds it where no partial products are summed.
+        adds: what the result is added to, by its name in `run`; what there is not is
+            left out. A kernel adds it where no partial products are summed.
         name: the implementation.
         op: which product.
         spec: what the arrays mean, without nested scales.
@@ -127,16 +116,15 @@ def sharded_product(
 
     # jit keeps the constants of the kernel inside; custom_partitioning takes none.
     @jax.jit
-    def whole(x, codes, absmax, added):
-        packed = PackedWeight(codes, absmax)
-        return run_kernel(name, op, x, packed, spec, **_options(added))
+    def whole(x, codes, absmax, adds):
+        return run_kernel(name, op, x, PackedWeight(codes, absmax), spec, **adds)
 
-    return whole(x, codes, absmax, added)
+    return whole(x, codes, absmax, adds)
 
 
 def _partition(name, op, spec, mesh, arguments, result):
     del result
-    x, codes, absmax, added = arguments
+    x, codes, absmax, adds = arguments
     rows = x.sharding.spec[0]
     n_axes = codes.sharding.spec[0]
     # The columns of codes and of scales are cut together or not at all.
@@ -152,24 +140,24 @@ def _partition(name, op, spec, mesh, arguments, result):
         k=spec.k // _count(k_axes, cut),
     )
 
-    def on_shard(x, codes, absmax, added):
+    def on_shard(x, codes, absmax, adds):
         kernel = functools.partial(
             run_kernel, name, op, x, PackedWeight(codes, absmax), local
         )
-        if added and not contracted:
-            with contextlib.suppress(NotImplementedError):  # that much of it
-                return kernel(**_options(added))
+        if adds and not contracted:
+            with contextlib.suppress(NotImplementedError):  # a shard may be odd
+                return kernel(**adds)
         y = kernel()
         if contracted:
             y = jax.lax.psum(y.astype(jnp.float32), contracted).astype(y.dtype)
-        return _add(y, **_options(added)) if added else y
+        return _add(y, **adds) if adds else y
 
     def place(*spec):
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     weight, result = place(n_axes, k_axes), place(rows, kept)
-    pair = (place(rows), place(kept)) if len(added) > 1 else ()
-    sums = (*pair, *[result] * (len(added) % 2))
+    sums = {"addend": (place(rows), place(kept)), "onto": result}
+    sums = {option: sums[option] for option in adds}
     return mesh, on_shard, result, (place(rows, contracted), weight, weight, sums)
 
 
@@ -192,7 +180,7 @@ def _rule(name, op, spec, mesh, values, results):
     del name, mesh, results
     k, n = "(b t u)", "n"
     contracted, kept = (k, n) if op == "matmul" else (n, k)
-    count = len(values) - 3  # of what is added, in the order of `sharded_product`
+    count = len(values) - 3  # arrays that are added: t and u, onto
     pair = [f"m r, {kept} r"] if count > 1 else []
     onto = [f"m {kept}"] * (count % 2)
     operands = ", ".join([f"m {contracted}, n (b t), n b", *pair, *onto])

@@ -86,7 +86,7 @@ def look_up(decoders, dtype, words, table):
 
 
 def scale(forward, dtype, pairs, scales):
-    """A consumer's first operand of wgmma from what `_look_up` returned.
+    """A consumer's first operand of wgmma from what `look_up` returned.
 
     Returns:
         [64, 64] of `dtype`, features (`lanes.feature` of the row) by contraction.
@@ -144,7 +144,7 @@ def load_tail(u_gmem, f0, wg, step):
 
 
 def tail_operand(dtype, words):
-    """A consumer's first operand of wgmma from what `_load_tail` loaded.
+    """A consumer's first operand of wgmma from what `load_tail` loaded.
 
     The assembler makes every product of a kernel wait for the one before if the
     operands of one are defined while another runs. A product by 1 defines them here.

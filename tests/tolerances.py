@@ -39,7 +39,7 @@ STEP_COSINE = 0.9995
 # a softmax is a difference of numbers that are nearly equal (docs/performance.md). And
 # their losses there, and their losses over eight steps.
 POLICY_COSINE = 0.999999
-POLICY_COSINE_AFTER_ATTENTION = 0.9999
+POLICY_COSINE_AFTER_ATTENTION = 0.99995
 POLICY_LOSS_RELATIVE = 1e-6
 POLICY_CURVE_RELATIVE = 5e-4
 

@@ -13,20 +13,29 @@ RAMP = tuple(float(x) for x in np.linspace(-1, 1, 16, dtype=np.float32))
 SPEC = PackedSpec(RAMP, n=256, k=512)
 
 
+def plus(y, addend=None, onto=None):
+    if addend is not None:
+        y = y + addend[0] @ addend[1].T
+    return y if onto is None else y + onto
+
+
+def random_adds(names, rows, features):
+    t, u, onto = (
+        jax.random.normal(jax.random.key(2 + i), shape)
+        for i, shape in enumerate([(rows, 24), (features, 24), (rows, features)])
+    )
+    return {k: v for k, v in {"addend": (t, u), "onto": onto}.items() if k in names}
+
+
 @pytest.fixture
 def plain_form_as_kernel(monkeypatch):
     """What each shard was asked for, in `calls`; the plain form answers."""
     calls = []
 
-    def run_kernel(name, op, x, packed, spec, *, addend=None, onto=None):
-        adds = tuple(
-            a.shape for a in (*(addend or ()), *(() if onto is None else (onto,)))
-        )
-        calls.append((op, x.shape, packed.codes.shape, (spec.n, spec.k), adds))
-        y = getattr(reference, op)(x, packed, spec)
-        if addend is not None:
-            y += addend[0] @ addend[1].T
-        return y if onto is None else y + onto
+    def run_kernel(name, op, x, packed, spec, **adds):
+        shape = spec.n, spec.k
+        calls.append((op, x.shape, packed.codes.shape, shape, tuple(adds)))
+        return plus(getattr(reference, op)(x, packed, spec), **adds)
 
     monkeypatch.setattr(implementations, "run_kernel", run_kernel)
     return calls
@@ -46,7 +55,7 @@ def plain_form_as_kernel(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("op", ["matmul", "matmul_dx"])
-@pytest.mark.parametrize("adds", [(), ("onto",), ("t", "u"), ("t", "u", "onto")])
+@pytest.mark.parametrize("adds", [(), ("onto",), ("addend",), ("addend", "onto")])
 def test_every_way_to_cut(plain_form_as_kernel, adds, op, rows, n_axis, k_axis, local):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
@@ -58,25 +67,18 @@ def test_every_way_to_cut(plain_form_as_kernel, adds, op, rows, n_axis, k_axis, 
     contracted = SPEC.k if op == "matmul" else SPEC.n
     x = jax.random.normal(jax.random.key(1), (32, contracted))
     expected = getattr(reference, op)(x, packed, SPEC)
-    shapes = {"t": (32, 24), "u": (expected.shape[1], 24), "onto": expected.shape}
-    keys = jax.random.split(jax.random.key(2), 3)
-    values = {
-        name: jax.random.normal(key, shape)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-    if "t" in adds:
-        expected += values["t"] @ values["u"].T
-    expected += values["onto"] if "onto" in adds else 0
+    values = random_adds(adds, *expected.shape)
+    expected = plus(expected, **values)
     f = jax.jit(
-        lambda x, codes, absmax, added: implementations.sharded_product(
-            x, codes, absmax, added, "sm90", op, SPEC
+        lambda x, codes, absmax, adds: implementations.sharded_product(
+            x, codes, absmax, adds, "sm90", op, SPEC
         )
     )
     y = f(
         place(x, rows),
         place(packed.codes, n_axis, k_axis),
         place(packed.absmax, n_axis, k_axis),
-        tuple(place(values[name]) for name in adds),
+        jax.tree.map(place, values),
     )
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-4)
     # The last call is the one on a shard; the first, on whole arrays, is the trace.
@@ -86,7 +88,30 @@ def test_every_way_to_cut(plain_form_as_kernel, adds, op, rows, n_axis, k_axis, 
     )
     # A kernel adds where its product is whole, and once where it is a part of a sum.
     is_part = local[1 if op == "matmul" else 0] < contracted
-    assert len(plain_form_as_kernel[-1][4]) == (0 if is_part else len(adds))
+    assert plain_form_as_kernel[-1][4] == (() if is_part else adds)
+
+
+def test_what_a_kernel_cannot_add_on_a_shard_is_added_after(monkeypatch):
+    asked = []
+
+    def run_kernel(name, op, x, packed, spec, **adds):
+        asked.append((spec.n, tuple(adds)))
+        if adds and spec.n < SPEC.n:
+            raise NotImplementedError
+        return plus(reference.matmul(x, packed, spec), **adds)
+
+    monkeypatch.setattr(implementations, "run_kernel", run_kernel)
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    cut = NamedSharding(mesh, PartitionSpec("a"))
+    w = jax.random.normal(jax.random.key(0), (SPEC.n, SPEC.k))
+    packed = pallas_kernels.quantize(w, SPEC)
+    x = jax.random.normal(jax.random.key(1), (32, SPEC.k))
+    adds = random_adds(("addend", "onto"), 32, SPEC.n)
+    f = jax.jit(lambda x, p: implementations.run("sm90", "matmul", x, p, SPEC, **adds))
+    y = f(x, jax.tree.map(lambda leaf: jax.device_put(leaf, cut), packed))
+    expected = plus(reference.matmul(x, packed, SPEC), **adds)
+    np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-4)
+    assert asked[-2:] == [(SPEC.n // 8, ("addend", "onto")), (SPEC.n // 8, ())]
 
 
 def test_nested_scales_are_decoded_before_the_cut(plain_form_as_kernel):
