@@ -90,7 +90,8 @@ def test_what_a_product_is_added_to_on_two_gpus(op, rows, n_axis, k_axis):
     keys = jax.random.split(jax.random.key(1), 4)
     x = jax.random.normal(keys[0], (512, width), jnp.bfloat16)
     t = jax.random.normal(keys[1], (512, 16), jnp.bfloat16)
-    u = jax.random.normal(keys[2], (features, 16), jnp.bfloat16)
+    # So that all three parts are of a size, and no error hides behind another's.
+    u = jax.random.normal(keys[2], (features, 16), jnp.bfloat16) / 4
     onto = jax.random.normal(keys[3], (512, features), jnp.bfloat16)
 
     def cut(leaf):
