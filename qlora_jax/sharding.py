@@ -14,16 +14,19 @@ are, never what they are: a sharded model computes what the model on one device 
 but for the order of sums.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 AXES = ("data", "fsdp", "model")
+_ROWS = ("data", "fsdp")  # those that the rows of a batch are split over
 
 # The mesh axes of [in, out] of the linear weights of a layer and of the head.
 _BY_OUTPUT, _BY_INPUT = ("fsdp", "model"), ("model", "fsdp")
@@ -133,8 +136,39 @@ def array_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], stack: int) ->
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of arrays [batch, ...]: the rows over data and fsdp."""
-    axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
+    axes = tuple(name for name in _ROWS if name in mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(axes or None))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Returns over how many parts `batch_sharding` splits the rows."""
+    return math.prod(mesh.shape.get(name, 1) for name in _ROWS)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """Returns the mesh of several devices that arrays of a tree lie on, or None.
+
+    That with the most devices, where they differ; traced arrays tell of none.
+    """
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(tree) if _is_array(leaf)]
+    named = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+    meshes = [mesh for mesh in named if isinstance(mesh, Mesh)]
+    largest = max(meshes, key=lambda mesh: mesh.size, default=None)
+    return largest if largest is not None and largest.size > 1 else None
+
+
+def on_all_of(mesh: Mesh, tree: Any) -> Any:
+    """Returns the tree with every array that is on one device put on all of a mesh."""
+
+    def put(leaf: Any) -> Any:
+        if not _is_array(leaf) or len(leaf.sharding.device_set) > 1:
+            return leaf
+        kind = leaf.sharding.memory_kind
+        return jax.device_put(
+            leaf, NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
+        )
+
+    return jax.tree.map(put, tree)
 
 
 def committed(tree: Any) -> Any:
@@ -144,9 +178,12 @@ def committed(tree: Any) -> Any:
     not. What a train step returns is bound, since paged state binds it: without this
     its second call, and every evaluation after a training, would compile anew.
 
-    A tree whose arrays are not all on the same devices stays as it is: beside a model
-    on several, an array that is bound to one of them would be refused.
+    Beside arrays on a mesh, one that is on one device (a count of steps, keys of
+    dropout) is put on all of the mesh: bound to the one, it would be refused. A tree
+    whose arrays are on different devices all the same stays as it is.
     """
+    if (mesh := mesh_of(tree)) is not None:
+        tree = on_all_of(mesh, tree)
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     if len({frozenset(leaf.sharding.device_set) for leaf in arrays}) > 1:
         return tree
@@ -157,3 +194,7 @@ def committed(tree: Any) -> Any:
         return jax.device_put(leaf, leaf.sharding)
 
     return jax.tree.map(bound, tree)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)

@@ -18,8 +18,13 @@ ALLOWED = {
         "pallas_kernels",
         "qlora_jax.over_rows",
         "qlora_jax.quant",
+        "qlora_jax.sharding",
     },
-    "qlora_jax.optim": {"pallas_kernels", "qlora_jax.quant"},
+    "qlora_jax.optim": {
+        "pallas_kernels",
+        "qlora_jax.quant",
+        "qlora_jax.sharding",
+    },
     "qlora_jax.sharding": set(),
     "qlora_jax.models": {
         "pallas_kernels",

@@ -61,10 +61,24 @@ def test_arrays_are_bound_where_they_are():
     assert tree["x"].unsafe_buffer_pointer() == x.unsafe_buffer_pointer()
 
 
-def test_beside_arrays_on_a_mesh_none_is_bound_to_one_device():
+def test_what_is_on_one_device_joins_the_mesh_of_the_rest():
     mesh = sharding.make_mesh(data=2)
     spread = jax.device_put(jnp.zeros(4), sharding.batch_sharding(mesh))
-    x = jnp.ones(4)
-    tree = sharding.committed([spread, x])
-    assert not tree[1].committed
-    assert jax.jit(jnp.add)(*tree).sharding.device_set == spread.sharding.device_set
+    assert sharding.mesh_of([1, jnp.ones(2)]) is None
+    assert sharding.mesh_of([jnp.ones(2), spread]) == mesh
+    tree = sharding.committed([spread, jnp.ones(4), jax.random.key(0), 3])
+    assert all(x.sharding.device_set == spread.sharding.device_set for x in tree[:3])
+    assert tree[0].sharding == spread.sharding and tree[3] == 3
+    assert all(x.committed for x in tree[:2])
+    host = jax.device_put(jnp.ones(4), jax.memory.Space.Host)
+    assert sharding.committed([spread, host])[1].sharding.memory_kind == "pinned_host"
+
+
+def test_arrays_on_different_devices_stay_as_they_are():
+    first, other = jnp.ones(3), jax.device_put(jnp.ones(3), jax.devices()[1])
+    assert not sharding.committed([first, other])[0].committed
+
+
+def test_parts_of_a_batch():
+    assert sharding.batch_parts(sharding.make_mesh(data=2, fsdp=2, model=2)) == 4
+    assert sharding.batch_parts(jax.make_mesh((8,), ("model",))) == 1

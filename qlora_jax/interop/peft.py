@@ -34,6 +34,7 @@ from qlora_jax.interop.weights import ModelFileError, hf_name
 from qlora_jax.lora.initial import with_magnitude
 from qlora_jax.lora.lora import LoraTensor, scale_of, unwrapped
 from qlora_jax.lora.merge import one_adapter
+from qlora_jax.lora.on_mesh import on_mesh_of_base
 from qlora_jax.lora.places import (
     Targets,
     named_weights,
@@ -383,11 +384,11 @@ def _assembled(
         rslora=rslora,
     )
     if not config.get("use_dora"):
-        return lt
+        return on_mesh_of_base(lt)
     lt = with_magnitude(lt, dtype)
     magnitude = np.array(lt.magnitude)
     for index, part in parts.items():
         if "magnitude" not in part.tensors:
             raise ModelFileError(f"{part.module}.lora_magnitude_vector is missing.")
         magnitude[index] = part.tensors["magnitude"]
-    return dataclasses.replace(lt, magnitude=jax.device_put(magnitude))
+    return on_mesh_of_base(dataclasses.replace(lt, magnitude=jax.device_put(magnitude)))

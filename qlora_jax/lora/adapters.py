@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from qlora_jax.lora import initial
 from qlora_jax.lora.forms import KernelForm
 from qlora_jax.lora.lora import LoraTensor, scale_of
+from qlora_jax.lora.on_mesh import on_mesh_of_base
 from qlora_jax.lora.places import (
     Targets,
     is_weight,
@@ -137,7 +138,7 @@ def add_lora(
             rslora=rslora,
             form=None if form is None or form.is_plain else form,
         )
-        new[path] = initial.with_magnitude(lt, dtype) if dora else lt
+        new[path] = on_mesh_of_base(initial.with_magnitude(lt, dtype) if dora else lt)
     return replace_weights(model, new)
 
 

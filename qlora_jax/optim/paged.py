@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.optim.memory import has_host_memory, to_device, to_host
 from qlora_jax.optim.pages import PAGE_SIZE, evaluate_by_page
@@ -17,6 +16,7 @@ from qlora_jax.optim.slices import (
     rows_of_slices,
     slice_tree,
 )
+from qlora_jax.sharding import mesh_of, on_all_of
 
 
 class PagedTransformation(optax.GradientTransformationExtraArgs):
@@ -168,7 +168,11 @@ def paged(
 
         def init(params):
             leaves, treedef = jax.tree.flatten(inner.init(cut(params, rows)))
-            leaves = _on_the_mesh_of(params, leaves)
+            if (mesh := mesh_of(params)) is not None:
+                # What is not made from a parameter's array (step counts, factored
+                # moments, scales of blocks) would in host memory be committed to the
+                # one device, which no program over the others takes.
+                leaves = on_all_of(mesh, leaves)
             if own_shapes:
                 leaves = [
                     x[None] if host else x
@@ -313,27 +317,6 @@ def _check_state(state: Any, shapes: Any, grown: list[bool]) -> None:
                 f"this optimizer makes {shape} for these parameters. Restore the state "
                 "with the `paged` arguments it was saved with."
             )
-
-
-def _on_the_mesh_of(params: Any, leaves: list[Any]) -> list[Any]:
-    """Puts state that was made on one device on all that the parameters are on.
-
-    Step counts, factored moments and scales of blocks are not made from a parameter's
-    array. In host memory they would be committed to the one device, which no program
-    over the others takes.
-    """
-    shardings = [x.sharding for x in jax.tree.leaves(params) if _is_concrete(x)]
-    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
-    mesh = max(meshes, key=lambda mesh: mesh.size, default=None)
-    if mesh is None or mesh.size == 1:
-        return leaves
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return [
-        jax.device_put(x, everywhere)
-        if _is_concrete(x) and len(x.sharding.device_set) == 1
-        else x
-        for x in leaves
-    ]
 
 
 def _is_concrete(x: Any) -> bool:

@@ -26,7 +26,7 @@ from qlora_jax.lora import join_trainable, split_trainable
 from qlora_jax.one_gpu import warn_of_others
 from qlora_jax.optim import SkipNonfiniteState
 from qlora_jax.run import Run
-from qlora_jax.sharding import committed
+from qlora_jax.sharding import batch_parts, batch_sharding, committed, mesh_of
 from qlora_jax.throughput import flops_per_token, peak_flops
 from qlora_jax.train.config import TrainConfig, check_same_run
 from qlora_jax.train.loss import next_token_loss_sum
@@ -36,6 +36,8 @@ from qlora_jax.train.stop import Interruption, Stopped, StopRequest
 from qlora_jax.train.tuning import tuned_if_it_fits
 
 if TYPE_CHECKING:
+    from jax.sharding import NamedSharding
+
     Batch = Mapping[str, Any]  # of arrays, NumPy's or jax's, [batch, seq]
     Evaluate = Callable[[Any], Mapping[str, Any]]
 
@@ -125,10 +127,14 @@ class _Loop:
             trainable = jax.tree.map(jnp.copy, trainable)
         trainable = committed(trainable)
         warn_of_others(trainable)
+        self.rows = _sharding_of_rows(self.frozen, config)
         arrays = [trainable, committed(tx.init(trainable))]
         if config.ema:
             arrays.append(jax.tree.map(jnp.copy, trainable))
         self.arrays, self.progress, self.done = arrays, Progress(), 0
+        shardings = None
+        if self.rows is not None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, trainable)
         self.iterator = iter(batches)
         self.saved: int | None = None
         if run is not None:
@@ -148,6 +154,7 @@ class _Loop:
                 loss_sum=loss_sum,
                 neftune_alpha=config.neftune_alpha,
                 compiler_options=options,
+                shardings=shardings,
             ),
             functools.partial(step_options, tokens // parts, remat=config.remat),
         )
@@ -155,7 +162,7 @@ class _Loop:
         self.callbacks = [*callbacks, run.log] if run is not None else callbacks
         self.rates = _rates(config)
         self.taken: _Taken | None = None
-        self.flops, self.peak = flops_per_token(model), peak_flops()
+        self.flops, self.peak = flops_per_token(model), _peak_flops(self.frozen)
         self.told = 0.0  # when the numbers of a step came last
 
     def _take_up(self, run: Run) -> None:
@@ -221,10 +228,11 @@ class _Loop:
         """Hands a step to the device, and meanwhile tells of the one before."""
         began, first = time.perf_counter(), self.taken is None
         batch = {k: np.asarray(v) for k, v in next(self.iterator).items()}
+        given = batch if self.rows is None else jax.device_put(batch, self.rows)
         key = None
         if self.config.dropout or self.config.neftune_alpha:
             key = jax.random.fold_in(self.key, self.done)
-        trainable, state, metrics = self.step(*self.arrays[:2], self.frozen, batch, key)
+        trainable, state, metrics = self.step(*self.arrays[:2], self.frozen, given, key)
         average = self.arrays[2:]
         if average:
             average = [_running_mean(average[0], trainable, self.config.ema)]
@@ -316,6 +324,26 @@ def _rates(config: TrainConfig) -> np.ndarray:
     """Returns the learning rates of all steps, so that no step has to ask for its."""
     rates = jax.vmap(config.learning_rates())(jnp.arange(config.steps))
     return np.asarray(rates)
+
+
+def _sharding_of_rows(model: Any, config: TrainConfig) -> "NamedSharding | None":
+    """That of a batch, beside a model that lies on several devices."""
+    if (mesh := mesh_of(model)) is None:
+        return None
+    parts, rows = batch_parts(mesh), config.batch_size // config.accumulate
+    if rows % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} with accumulate={config.accumulate} is "
+            f"{rows} rows at a time, which must be a multiple of the {parts} parts of "
+            f"the mesh that they are split over ({dict(mesh.shape)})."
+        )
+    return batch_sharding(mesh)
+
+
+def _peak_flops(model: Any) -> float | None:
+    """That of all devices that the model lies on."""
+    mesh, peak = mesh_of(model), peak_flops()
+    return peak if mesh is None or peak is None else peak * mesh.size
 
 
 def _is_guarded(state: Any) -> bool:

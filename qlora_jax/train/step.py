@@ -37,6 +37,7 @@ def make_train_step(
     loss_sum: "LossSum" = next_token_loss_sum,
     neftune_alpha: float = 0.0,
     compiler_options: Mapping[str, Any] | None = None,
+    shardings: Any = None,
 ) -> Callable[..., tuple[Any, Any, dict[str, "Float[Array, '']"]]]:
     """Makes the jitted function that takes one optimizer step.
 
@@ -46,7 +47,8 @@ def make_train_step(
 
         gradient = sum over parts of d(loss_sum) / sum over parts of tokens
 
-    so that it is the gradient of the whole batch, however tokens fall into parts.
+    so that it is the gradient of the whole batch, however tokens fall into parts. Part
+    i has the rows i, i + accumulate, i + 2 accumulate, ...
 
     Args:
         tx: the optimizer, plain or paged.
@@ -55,6 +57,9 @@ def make_train_step(
             it takes `perturb=` too.
         neftune_alpha: of noise on the embeddings, see `neftune`; 0 for none.
         compiler_options: of XLA, for this program; see `step_options`.
+        shardings: of `trainable` on a mesh, `jax.tree.map(lambda x: x.sharding,
+            trainable)`. What is returned then lies as what was given. XLA left to
+            itself may choose otherwise, and the second call compiles again.
 
     Returns:
         The step. `trainable` and `opt_state` are donated: use what it returns. Give
@@ -72,6 +77,11 @@ def make_train_step(
         return loss_sum(model, batch, perturb=noise)
 
     gradient = jax.value_and_grad(summed, has_aux=True)
+
+    def kept(tree):
+        if shardings is None:
+            return tree
+        return lax.with_sharding_constraint(tree, shardings)
 
     options = dict(compiler_options or {})
 
@@ -95,11 +105,12 @@ def make_train_step(
         count = jnp.maximum(count, 1)
         # A loss that is no number makes the gradient none: see `skip_nonfinite`.
         divisor = jnp.where(jnp.isfinite(loss), count, jnp.nan)
-        grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
+        grads = kept(jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads))
         # Gradients are given back as parameters are updated, unless a sum over them is
         # left to the end.
         trainable, norm = lax.optimization_barrier((trainable, _norm(grads)))
         trainable, opt_state = take_step(tx, grads, opt_state, trainable)
+        trainable = kept(trainable)
         metrics = {
             "loss": loss / count,
             "grad_norm": norm,
@@ -159,4 +170,6 @@ def _norm(grads: Any) -> "Float[Array, '']":
 def _split_rows(parts: int, x: "Array") -> "Array":
     if x.shape[0] % parts:
         raise ValueError(f"A batch of {x.shape[0]} rows cannot be cut into {parts=}.")
-    return x.reshape(parts, -1, *x.shape[1:])
+    # Every parts-th row: of a batch whose rows lie on several devices in turn, each
+    # has its share of every part.
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)

@@ -13,9 +13,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
+from benchmarks.models import random_model
 from pallas_kernels import quantized_matmul, quantized_matmul_dx
+from qlora_jax.models import LlamaConfig
 from qlora_jax.quant import dequantize, quantize
-from tests.tolerances import MATMUL_RELATIVE
+from qlora_jax.sharding import batch_sharding, make_mesh
+from qlora_jax.train import committed, next_token_loss_sum, step_options
+from tests.tolerances import MATMUL_RELATIVE, MESH_LOSS_RELATIVE
+from tests.train.spread import spread
 
 pytestmark = [
     pytest.mark.gpu,
@@ -144,6 +149,61 @@ def test_a_step_with_rows_and_paged_state_on_two_gpus():
     on_one = losses(*jax.device_put((x, trainable, frozen), first))
     assert on_two[-1] < on_two[0]
     np.testing.assert_allclose(on_two, on_one, rtol=1e-3)
+
+
+CONFIG = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_layers=2,
+    num_heads=16,
+    num_kv_heads=4,
+)
+
+
+def losses_of_a_model(mesh, remat, steps=3):
+    model = random_model(CONFIG)
+    tokens = jax.random.randint(jax.random.key(3), (4, 512), 0, CONFIG.vocab_size)
+    if mesh is None:
+        tokens = jax.device_put(tokens, jax.devices()[0])
+    else:
+        model = spread(model, mesh)
+        tokens = jax.device_put(tokens, batch_sharding(mesh))
+    model = ql.add_lora(model, rank=16, alpha=16, key=jax.random.key(0))
+    trainable, frozen = committed(ql.split_trainable(model))
+    tx = ql.paged(optax.adam(1e-3), min_size=1)
+    state = committed(tx.init(trainable))
+
+    def loss_sum(model, batch):
+        return next_token_loss_sum(model, batch, remat=remat)
+
+    step = ql.make_train_step(
+        tx,
+        loss_sum=loss_sum,
+        compiler_options=step_options(tokens.size, remat=remat, tune=False),
+        shardings=jax.tree.map(lambda x: x.sharding, trainable),
+    )
+    # Compiled once: what it returns lies as what it takes.
+    arguments = (trainable, state, frozen, {"tokens": tokens})
+    compiled = step.lower(*arguments).compile()
+    assert "mosaic_gpu" in compiled.as_text()
+    found = []
+    for _ in range(steps):
+        trainable, state, metrics = compiled(trainable, state, *arguments[2:])
+        found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    moments = [x for x in jax.tree.leaves(state) if x.ndim > 1]
+    assert {x.sharding.memory_kind for x in moments} == {"pinned_host"}
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "offload"])
+@pytest.mark.parametrize("axis", ["data", "fsdp", "model"])
+def test_a_step_of_a_model_on_two_gpus(axis, remat):
+    """By rows of the batch, by parts of the weights too, and tensor parallel."""
+    found = losses_of_a_model(make_mesh(**{axis: 2}), remat)
+    expected = losses_of_a_model(None, remat)
+    assert expected[-1, 0] < expected[0, 0]
+    np.testing.assert_allclose(found, expected, rtol=MESH_LOSS_RELATIVE["bfloat16"])
 
 
 def test_a_process_can_take_one_of_two_gpus():
