@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from qlora_jax import memory
+from qlora_jax import atomic, memory
 
 _SECONDS_BETWEEN_LINES = 600.0
 
@@ -101,9 +101,7 @@ class JsonlLog(Callback):
         """Drops what an interrupted run wrote after `step`."""
         lines = [line for line in self.read() if line["step"] <= step]
         kept = [json.dumps(line) + "\n" for line in lines if "finished" not in line]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        atomic.write(self.path, "".join(kept))
 
     def step(self, report: StepReport) -> None:
         """Writes the step."""

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from qlora_jax import atomic
+
 Line = dict[str, Any]
 
 # Of the last line: what is shown, and how.
@@ -37,7 +39,7 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
     plot_loss(lines, folder / "loss.png")
     plot_curves(lines, folder / "curves.png")
     path = folder / "report.md"
-    path.write_text("\n".join(_page(folder, lines)) + "\n", encoding="utf-8")
+    atomic.write(path, "\n".join(_page(folder, lines)) + "\n")
     return path
 
 

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from qlora_jax import atomic
 from qlora_jax.callbacks import JsonlLog
 from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.environment import environment
@@ -86,7 +87,7 @@ class Run:
             held = (
                 {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else ()
             )
-            if any(name.removesuffix(".partial") not in _BEGINNING for name in held):
+            if any(atomic.name_when_whole(name) not in _BEGINNING for name in held):
                 raise ValueError(
                     f"{self.folder} holds files and no run; choose another folder."
                 )
@@ -169,13 +170,15 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         if self._data is not None:
-            _write(self.folder / "data.json", json.dumps(self._data, indent=2) + "\n")
+            atomic.write(
+                self.folder / "data.json", json.dumps(self._data, indent=2) + "\n"
+            )
         path = self.folder / "environment.json"
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        _write(path, json.dumps([*before, environment()], indent=2) + "\n")
+        atomic.write(path, json.dumps([*before, environment()], indent=2) + "\n")
         # Last: a folder with it holds a run.
         text = yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True)
-        _write(self.folder / "config.yaml", text)
+        atomic.write(self.folder / "config.yaml", text)
         self._begun = True
 
     def record(self, **fields: Any) -> None:
@@ -199,12 +202,6 @@ class Run:
 
 def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(values), default=str))
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _check_writable(folder: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 ALLOWED = {
     "pallas_kernels": set(),
     "qlora_jax.quant": {"pallas_kernels"},
+    "qlora_jax.atomic": set(),
     "qlora_jax.over_rows": set(),
     "qlora_jax.lora": {
         "pallas_kernels",
@@ -32,6 +33,7 @@ ALLOWED = {
         "qlora_jax.sharding",
     },
     "qlora_jax.interop": {
+        "qlora_jax.atomic",
         "qlora_jax.lora",
         "qlora_jax.models",
         "qlora_jax.quant",
@@ -42,10 +44,11 @@ ALLOWED = {
     "qlora_jax.memory": set(),
     "qlora_jax.environment": set(),
     "qlora_jax.one_gpu": set(),
-    "qlora_jax.report": set(),
+    "qlora_jax.report": {"qlora_jax.atomic"},
     "qlora_jax.throughput": {"qlora_jax.lora", "qlora_jax.quant"},
-    "qlora_jax.callbacks": {"qlora_jax.memory"},
+    "qlora_jax.callbacks": {"qlora_jax.atomic", "qlora_jax.memory"},
     "qlora_jax.run": {
+        "qlora_jax.atomic",
         "qlora_jax.callbacks",
         "qlora_jax.checkpoint",
         "qlora_jax.environment",
@@ -53,6 +56,7 @@ ALLOWED = {
         "qlora_jax.report",
     },
     "qlora_jax.train": {
+        "qlora_jax.atomic",
         "qlora_jax.callbacks",
         "qlora_jax.checkpoint",
         "qlora_jax.lora",

@@ -241,7 +241,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 
 
 def test_one_that_was_killed_while_it_began_begins_again(tmp_path):
-    for name in (".lock", "data.json", "environment.json", "config.yaml.partial"):
+    for name in (".lock", "data.json", "environment.json", ".config.yaml.7.partial"):
         (tmp_path / name).write_text("[]")
     run = Run(tmp_path, SETTINGS)
     run.record(step=0)

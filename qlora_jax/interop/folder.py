@@ -4,18 +4,18 @@ What is written comes as `Entry`s, from a model in memory or from another checkp
 a `Form` says what becomes of the weights. Host memory holds one shard.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.atomic import new_folder
 from qlora_jax.interop import safetensors
 from qlora_jax.interop.bitsandbytes import (
     STORAGE_TYPES,
@@ -210,22 +210,6 @@ def copy_along(source: str | os.PathLike[str], folder: pathlib.Path) -> None:
     for name in COPIED:
         if (pathlib.Path(source) / name).is_file():
             shutil.copyfile(pathlib.Path(source) / name, folder / name)
-
-
-@contextlib.contextmanager
-def new_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Gives a folder to write into, which becomes `folder` if nothing fails."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; give a new folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -4,17 +4,19 @@ The file is written by the `gguf` package of llama.cpp, tensor by tensor: names,
 of rows and metadata are those of llama.cpp's own converter.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlora_jax.atomic import new_file
 from qlora_jax.interop import sentencepiece
 from qlora_jax.interop.folder import Entry
 from qlora_jax.interop.gguf import ARCHITECTURES, IN_LAYER, TOP, rope_factors
@@ -76,11 +78,8 @@ def write_gguf(
     gguf = package()
     path = pathlib.Path(path)
     plans = [_planned(entry, config, tensor_type) for entry in entries]
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = _architecture(config)
-    writer = gguf.GGUFWriter(str(partial), name)
-    try:
+    with _new_writer(gguf, path, _architecture(config)) as writer:
         _write_config(writer, gguf, config, tensor_type)
         if tokenizer is not None:
             _write_tokenizer(writer, tokenizer, config)
@@ -106,11 +105,6 @@ def write_gguf(
             packed = np.ascontiguousarray(gguf.quants.quantize(rows, kind))
             writer.write_tensor_data(packed.view(np.uint8).reshape(-1))
             advance(plan.entry)
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
 
 
 def save_gguf(
@@ -134,6 +128,16 @@ def save_gguf(
     )
 
 
+@contextlib.contextmanager
+def _new_writer(
+    gguf: Any, path: str | os.PathLike[str], architecture: str
+) -> Iterator[Any]:
+    """Gives a writer of a file that is there if nothing fails."""
+    with new_file(path) as partial:
+        with contextlib.closing(gguf.GGUFWriter(str(partial), architecture)) as writer:
+            yield writer
+
+
 def save_tensors(
     path: str | os.PathLike[str],
     metadata: Mapping[str, Any],
@@ -144,10 +148,7 @@ def save_tensors(
     gguf = package()
     if "general.architecture" not in metadata:
         raise ValueError('metadata must say "general.architecture".')
-    path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = gguf.GGUFWriter(str(partial), metadata["general.architecture"])
-    try:
+    with _new_writer(gguf, path, metadata["general.architecture"]) as writer:
         for key, value in metadata.items():
             if key != "general.architecture":
                 _add(writer, gguf, key, value)
@@ -159,11 +160,6 @@ def save_tensors(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
 
 
 def _add(writer: Any, gguf: Any, key: str, value: Any) -> None:

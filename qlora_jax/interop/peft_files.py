@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax import atomic
 from qlora_jax.interop import peft_whole
 from qlora_jax.interop.safetensors import SafetensorsFiles, read_json
 from qlora_jax.interop.safetensors import load as load_tensors
@@ -78,9 +79,9 @@ def save(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.numpy.save(dict(tensors), metadata={"format": "pt"})
-    _write(folder / WEIGHTS, data)
+    atomic.write(folder / WEIGHTS, data)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _write(folder / CONFIG, text.encode())
+    atomic.write(folder / CONFIG, text)
 
 
 def load(
@@ -93,19 +94,6 @@ def load(
     """
     folder = pathlib.Path(folder)
     return read_json(folder / CONFIG), load_tensors(folder / WEIGHTS)
-
-
-def _write(path: pathlib.Path, data: bytes) -> None:
-    """Replaces a file at once: readers see the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:

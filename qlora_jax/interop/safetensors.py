@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax.atomic import new_file
 from qlora_jax.interop.safetensors_header import BITS, fault_of
 from qlora_jax.interop.weights import ModelFileError
 from qlora_jax.models.config import LlamaConfig
@@ -202,14 +203,9 @@ def save(
         tensors: arrays of numpy or JAX by their names.
         metadata: texts to go along; None: what PyTorch's readers ask for.
     """
-    path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    try:
+    with new_file(path) as partial:
         write(partial, arrays, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write(

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import pathlib
 import tempfile
 import time
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from qlora_jax.atomic import new_file
 from qlora_jax.callbacks import Callback, StepReport
 from qlora_jax.checkpoint import CheckpointError
 from qlora_jax.lora import join_trainable, split_trainable
@@ -359,10 +359,8 @@ def _nonfinite(
     """Writes the batch down, and returns the error that names the file."""
     folder = pathlib.Path(tempfile.gettempdir()) if run is None else run.folder
     path = folder / f"nonfinite_step_{report.step}.npz"
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
+    with new_file(path) as partial, open(partial, "wb") as file:
         np.savez(file, **batch)
-    os.replace(partial, path)
     return NonfiniteError(
         f"{in_a_row} steps in a row had no finite gradient, the last one step "
         f"{report.step} (loss {report.loss}, gradient norm {report.grad_norm}). They "

@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+from typing import Any
 
 import pytest
 import yaml
 
 from qlora_jax.cli.finetune_options import Finetune, options
 from qlora_jax.data import as_sources
+from qlora_jax.sharding import mesh_of
 from tests.conftest import ROOT
 from tests.interop.folders import write_folder
 
@@ -44,14 +46,22 @@ def test_its_code_runs(tmp_path, monkeypatch):
     write_folder(tmp_path / "model")
     rows = [{"instruction": f"Say {i}", "output": f"{i}."} for i in range(80)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    source, on_several = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert source.count("SmolLM2-135M-Instruct") == 2
     source = source.replace("SmolLM2-135M-Instruct", "model")
     smaller = {"steps=200": "steps=2", "rank=16": "rank=2", "seq_len=256": "seq_len=64"}
     for given, tiny in {**smaller, "eval_every=50": "eval_every=1"}.items():
         assert given in source
         source = source.replace(given, tiny)
-    exec(compile(source, "finetuning.md", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(source, "finetuning.md", "exec"), names)
     lines = (tmp_path / "runs" / "notebook" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    for given, tiny in {"folder/": "model", "steps=200": "steps=2", "64": "2"}.items():
+        assert given in on_several
+        on_several = on_several.replace(given, tiny)
+    on_several = on_several.replace("seq_len=256", "seq_len=64")
+    exec(compile(on_several, "finetuning.md", "exec"), names)
+    mesh = mesh_of(names["model"])
+    assert mesh is not None and dict(mesh.shape) == {"data": 1, "fsdp": 2, "model": 2}
