@@ -2,18 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import tyro
 
 from qlora_jax.cli.model import load_tokenizer
 from qlora_jax.cli.parsing import parse, source_of
+from qlora_jax.cli.rows import Rows
 
 _USAGE = "give `show FILE --model M` or `formats`"
 
 
 @dataclasses.dataclass(frozen=True)
-class Show:
+class Show(Rows):
     """Prints rows as the model sees them; what is not learned is dim, or in brackets.
 
     Attributes:
@@ -21,32 +21,13 @@ class Show:
         model: whose tokenizer and chat template are taken.
         count: rows of the model's input to print.
         seq_len: tokens of a row.
-        format: of the rows; auto finds it by their fields.
-        answers: learn the last answer of a conversation, or all of them.
-        train_on_source: learn the questions too.
-        source_max_len: tokens that a question is cut to.
-        target_max_len: tokens that an answer is cut to.
-        truncate_source: which end of a question falls.
-        chat_template: guanaco, alpaca, chatml, hermes, plain, or Jinja source; None for
-            the model's own.
-        packing: several documents to a row, none seeing another.
-        skip_bad_rows: leave out up to so many rows that are not what they should be.
         revision: branch, tag or commit of a model on the hub.
     """
 
-    data: tyro.conf.Positional[tuple[str, ...]]
+    data: tyro.conf.Positional[tuple[str, ...]] = ()
     model: str = "SmolLM2-135M-Instruct"
     count: int = 3
     seq_len: int = 512
-    format: str = "auto"
-    answers: Literal["last", "all"] = "last"
-    train_on_source: bool = False
-    source_max_len: int | None = None
-    target_max_len: int | None = None
-    truncate_source: Literal["right", "left"] = "right"
-    chat_template: str | None = None
-    packing: bool = False
-    skip_bad_rows: int = 0
     revision: str | None = None
 
 
@@ -74,10 +55,14 @@ def _show(args: Show) -> None:
 
     if not args.data:
         raise ValueError("say what to show: qlora-jax data show FILE --model M.")
-    given = dataclasses.asdict(args)
-    del given["data"], given["model"], given["revision"]
     tokenizer = load_tokenizer(args.model, args.revision, None)
-    preview([source_of(text) for text in args.data], tokenizer, **given)
+    preview(
+        [source_of(text) for text in args.data],
+        tokenizer,
+        count=args.count,
+        seq_len=args.seq_len,
+        **args.of_rows(),
+    )
 
 
 def _formats() -> None:

@@ -66,17 +66,9 @@ def finetune(args: Finetune) -> None:
         batch_size=args.batch_size,
         eval_sources=[source_of(text) for text in args.eval_data] or None,
         eval_size=0 if args.eval_data else args.eval_size,
-        format=args.format,
-        answers=args.answers,
-        train_on_source=args.train_on_source,
-        source_max_len=args.source_max_len,
-        target_max_len=args.target_max_len,
-        truncate_source=args.truncate_source,
-        chat_template=args.chat_template,
-        packing=args.packing,
         group_by_length=args.group_by_length,
         seed=args.seed,
-        skip_bad_rows=args.skip_bad_rows,
+        **args.of_rows(),
     )
     print(prepared.statistics)
     run.check_data({"model": fingerprint(path), **prepared.manifest})

@@ -15,11 +15,12 @@ from qlora_jax.cli.parsing import (
     split_config,
 )
 from qlora_jax.cli.presets import PRESETS
+from qlora_jax.cli.rows import Rows
 from qlora_jax.train import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune(TrainConfig):
+class Finetune(Rows, TrainConfig):
     """Finetunes a model; the adapter, the numbers and a report go into a folder.
 
     CONFIG.yaml has a line `name: value` for each setting; flags change them.
@@ -35,18 +36,7 @@ class Finetune(TrainConfig):
             '{"path": "a.jsonl", "weight": 2}'.
         eval_data: rows to evaluate on, as data.
         eval_size: without eval_data: rows of the data held out, a number or a share.
-        format: what the rows are, see `qlora-jax data formats`; auto finds it by their
-            fields.
-        answers: learn the last answer of a conversation, or all of them.
-        train_on_source: learn the questions too.
-        source_max_len: tokens that a question is cut to.
-        target_max_len: tokens that an answer is cut to.
-        truncate_source: which end of a question falls.
-        chat_template: guanaco, alpaca, chatml, hermes, plain, or Jinja source; None for
-            the model's own.
-        packing: several documents to a row, none seeing another.
         group_by_length: rows of like length share a batch.
-        skip_bad_rows: leave out up to so many rows that are not what they should be.
         epochs: passes over the data, instead of steps; 0 for steps.
         quantize: format of the frozen weights (nf4, fp4, int8, ...); none leaves them
             as they are in the file.
@@ -81,16 +71,7 @@ class Finetune(TrainConfig):
     data: tuple[str, ...] = ()
     eval_data: tuple[str, ...] = ()
     eval_size: int | float = 64
-    format: str = "auto"
-    answers: Literal["last", "all"] = "last"
-    train_on_source: bool = False
-    source_max_len: int | None = None
-    target_max_len: int | None = None
-    truncate_source: Literal["right", "left"] = "right"
-    chat_template: str | None = None
-    packing: bool = False
     group_by_length: bool = False
-    skip_bad_rows: int = 0
     epochs: float = 0.0
     quantize: str = "nf4"
     double_quant: bool = True
