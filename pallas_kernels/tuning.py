@@ -55,7 +55,7 @@ def shared_memory() -> int:
     return device.shared_memory_per_block_optin if device.platform == "gpu" else 232448
 
 
-# What follows was measured on an H200; docs/kernels.md and docs/kernels_decoding.md
+# What follows was measured on an H200; docs/kernels.md and the pages that it names
 # have the measurements.
 
 # Rows of x up to which the kernels for few rows, and for tens, are the fastest; and up
