@@ -9,8 +9,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from qlora_jax import Llama, LlamaConfig, QuantizedTensor
+from qlora_jax.interop.build import weight_shardings
 from qlora_jax.quant import quantize
 
 
@@ -82,6 +84,18 @@ def random_model(config: LlamaConfig, seed: int = 0) -> Llama:
 
     graph, state = nnx.split(model)
     return nnx.merge(graph, nnx.map_state(fill, state))
+
+
+def spread(model: Llama, mesh: Mesh) -> Llama:
+    """The model with each weight in its parts, as `load_model(mesh=)` puts them."""
+    model = nnx.merge(*nnx.split(model))
+    for holder, stack in ((model, 0), (model.layers, 1)):
+        for name, variable in vars(holder).items():
+            if isinstance(variable, nnx.Param):
+                value = variable.get_value()
+                where = weight_shardings(mesh, name, value, stack)
+                setattr(holder, name, nnx.Param(jax.device_put(value, where)))
+    return model
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -140,9 +141,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(axes or None))
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """Returns over how many parts `batch_sharding` splits the rows."""
-    return math.prod(mesh.shape.get(name, 1) for name in _ROWS)
+def row_parts(rows: NamedSharding | None) -> int:
+    """Returns over how many parts a sharding splits the first axis; 1 for None."""
+    if rows is None or not len(rows.spec):
+        return 1
+    axes = rows.spec[0]
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(rows.mesh.shape[name] for name in names)
+
+
+def on_rows(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
+    """Keeps the rows of x, and of its gradient, where those of the batch are.
+
+    Without it a compiler may follow a weight that is split, and split its features.
+    """
+    return x if rows is None else lax.with_sharding_constraint(x, rows)
 
 
 def mesh_of(tree: Any) -> Mesh | None:

@@ -80,5 +80,10 @@ def test_arrays_on_different_devices_stay_as_they_are():
 
 
 def test_parts_of_a_batch():
-    assert sharding.batch_parts(sharding.make_mesh(data=2, fsdp=2, model=2)) == 4
-    assert sharding.batch_parts(jax.make_mesh((8,), ("model",))) == 1
+    def parts(mesh):
+        return sharding.row_parts(sharding.batch_sharding(mesh))
+
+    assert parts(sharding.make_mesh(data=2, fsdp=2, model=2)) == 4
+    assert parts(jax.make_mesh((8,), ("model",))) == 1
+    assert parts(jax.make_mesh((8,), ("data",))) == 8
+    assert sharding.row_parts(None) == 1

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.models.attention import attention
 from qlora_jax.models.config import MLP_WEIGHTS, LlamaConfig
@@ -28,6 +29,7 @@ from qlora_jax.models.offload import Keep
 from qlora_jax.models.positions import document_lengths, rotate, segment_positions
 from qlora_jax.models.remat import Remat, run_layers
 from qlora_jax.models.stack import stack_of
+from qlora_jax.sharding import on_rows, row_parts
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -156,6 +158,7 @@ class Layer(nnx.Module):
         attend: "Attend",
         mlp_rows: int | None = None,
         keep: "Keep" = checkpoint_name,
+        rows: "NamedSharding | None" = None,
     ) -> "Float[Array, 'b t d']":
         """Applies one layer.
 
@@ -166,8 +169,10 @@ class Layer(nnx.Module):
             mlp_rows: tokens that go through the MLP at a time, where it is computed
                 again in the backward; None where it is kept.
             keep: what the values that may be kept for the backward go through.
+            rows: how the rows of x lie on a mesh: of what each device has, `mlp_rows`
+                tokens go through the MLP at a time.
         """
-        shape = x.shape
+        x, shape = on_rows(x, rows), x.shape
         if self._is_rowwise(self.config.linear_shapes()):
             # Rows, of which the norm and the residual sum see the same array: a product
             # could otherwise not be added to it without a copy.
@@ -183,9 +188,9 @@ class Layer(nnx.Module):
         mixed = keep(attend(q, k, v), "attention")
         mixed = mixed.reshape(*x.shape[:-1], -1)
         (x,) = self._project(mixed, "o_proj", onto=x)
-        x = keep(x, "residual")
+        x = keep(on_rows(x, rows), "residual")
         mlp = functools.partial(self._mlp, recomputed=mlp_rows is not None)
-        return self._in_chunks(mlp, x, mlp_rows).reshape(shape)
+        return self._in_chunks(mlp, x, mlp_rows, rows).reshape(shape)
 
     def _mlp(
         self, x: "Float[Array, '*b d']", *, recomputed: bool
@@ -207,22 +212,34 @@ class Layer(nnx.Module):
         weights = (weight_of(getattr(self, name)) for name in names)
         return all(getattr(w, "rowwise", True) for w in weights)
 
-    def _in_chunks(self, f: Callable, x: "Array", rows: int | None) -> "Array":
-        """Applies `f` to `rows` tokens at a time, and recomputes them in the backward.
+    def _in_chunks(
+        self,
+        f: Callable,
+        x: "Array",
+        size: int | None,
+        rows: "NamedSharding | None",
+    ) -> "Array":
+        """Applies `f` to `size` tokens at a time, and recomputes them in the backward.
+
+        Of those of each device so many, where the rows lie on several.
 
         All at once where they are not several times as many, or a weight looks at
         where a row stands (a random mask does, and an adapter chosen by row).
         """
-        count = 1 if rows is None else math.prod(x.shape[:-1]) / rows
+        parts = row_parts(rows)
+        count = 1 if size is None else math.prod(x.shape[:-1]) / parts / size
         if count < 2 or count != int(count) or not self._is_rowwise(MLP_WEIGHTS):
             return f(x)
         one_at_a_time = jax.checkpoint(f, prevent_cse=False)
         done: list[Array] = []
-        for chunk in jnp.split(x.reshape(-1, x.shape[-1]), int(count)):
+        features, front = x.shape[-1:], () if parts == 1 else (parts,)
+        whole = x.reshape(*front, -1, *features)
+        for chunk in jnp.split(whole, int(count), axis=-2):
             if done:  # forward this chunk, and backward the last one, has to wait
                 chunk, done[-1] = lax.optimization_barrier((chunk, done[-1]))
-            done.append(one_at_a_time(chunk))
-        return jnp.concatenate(done).reshape(x.shape)
+            y = one_at_a_time(on_rows(chunk.reshape(-1, *features), rows))
+            done.append(on_rows(y, rows).reshape(chunk.shape))
+        return jnp.concatenate(done, axis=-2).reshape(x.shape)
 
 
 class Llama(nnx.Module):
@@ -281,6 +298,7 @@ class Llama(nnx.Module):
         remat: Remat = "none",
         unroll: bool = False,
         perturb: "Callable[[Array], Array] | None" = None,
+        rows: "NamedSharding | None" = None,
     ) -> "Float[Array, 'b t d']":
         """Returns the normalised last hidden state; `head` makes logits of it.
 
@@ -294,6 +312,8 @@ class Llama(nnx.Module):
                 since what a loop keeps for its backward is copied twice.
             perturb: what the embeddings [b, t, d] go through before the layers, as
                 `train.neftune` gives it.
+            rows: how the rows of `tokens` lie on a mesh, and so all activations; see
+                `sharding.batch_sharding`.
 
         Raises:
             ValueError: if `tokens` is not [b, t] or `remat` is unknown.
@@ -322,22 +342,39 @@ class Llama(nnx.Module):
 
         def layer(x, number_and_slices, keep):
             layer = nnx.merge(graph, at_layer(*number_and_slices))
-            return layer(x, rotation, attend, mlp_rows, keep)
+            return layer(x, rotation, attend, mlp_rows, keep, rows)
 
-        x = self.embed[...][tokens]
+        x = on_rows(self.embed[...][tokens], rows)
         x = x if perturb is None else perturb(x)
         x = run_layers(layer, x, sliced, remat=remat, unroll=unroll)
         return rms_norm(x, self.norm, self.config.norm_eps)
 
     def head(self, x: "Float[Array, '*b d']") -> "Float[Array, '*b v']":
         """Returns the float32 logits of normalised hidden states."""
+        return self.head_on(None)(x)
+
+    def head_on(self, rows: "NamedSharding | None") -> "Callable[[Array], Array]":
+        """Returns `head`, for hidden states whose rows lie so on a mesh.
+
+        What it sums over is gathered once for all calls: in a loop it would be in each.
+        """
         tied = self.config.tie_embeddings
         weight, axis = weight_of(self.embed if tied else self.lm_head), int(tied)
-        if isinstance(weight, jax.Array):
-            return float32_logits(x, weight, axis)
-        if hasattr(weight, "each"):  # a table that takes a product for each token
-            return weight.each(lambda w: float32_logits(x, w, axis))
-        return (x @ weight).astype(jnp.float32)
+        if rows is not None and isinstance(weight, jax.Array):
+            whole: list[Any] = [PartitionSpec.UNCONSTRAINED] * 2  # [d, v] or [v, d]
+            whole[axis] = None
+            place = NamedSharding(rows.mesh, PartitionSpec(*whole))
+            weight = lax.with_sharding_constraint(weight, place)
+
+        def head(x: "Array") -> "Array":
+            x = on_rows(x, rows)
+            if isinstance(weight, jax.Array):
+                return float32_logits(x, weight, axis)
+            if hasattr(weight, "each"):  # a table that takes a product for each token
+                return weight.each(lambda w: float32_logits(x, w, axis))
+            return (x @ weight).astype(jnp.float32)
+
+        return head
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """Returns an empty cache for `batch` rows of at most `capacity` tokens."""

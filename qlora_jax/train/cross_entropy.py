@@ -21,6 +21,8 @@ def chunked_cross_entropy(
     targets: "Int[Array, ' t']",
     weights: "Float[Array, ' t']",
     chunk_size: int,
+    *,
+    parts: int = 1,
 ) -> "Float[Array, '']":
     """Returns the weighted sum of -log softmax(head(hidden))[targets].
 
@@ -39,24 +41,64 @@ def chunked_cross_entropy(
         targets: the id to be predicted from each.
         weights: what each counts, float32.
         chunk_size: tokens in a chunk.
+        parts: of the tokens, one after another, on as many devices. A chunk then has
+            `chunk_size` tokens of each of them.
 
     Raises:
         ValueError: if `chunk_size` is not positive.
     """
     if chunk_size < 1:
         raise ValueError(f"{chunk_size=} must be at least 1.")
-    order = jnp.argsort(weights == 0, stable=True)
-    padding = -targets.size % chunk_size
-
-    def sorted_chunks(x: "Array") -> "Array":
-        x = jnp.pad(x[order], (0, padding))
-        return x.reshape(-1, chunk_size)
-
+    order = jnp.argsort(_of_parts(weights == 0, parts), stable=True)
     # Parameters that the head holds become arguments: they may be differentiated.
-    example = jax.ShapeDtypeStruct((chunk_size, hidden.shape[1]), hidden.dtype)
+    rows = parts * chunk_size
+    example = jax.ShapeDtypeStruct((rows, hidden.shape[1]), hidden.dtype)
     pure_head, held = jax.closure_convert(head, example)
-    targets, weights = sorted_chunks(targets), sorted_chunks(weights)
-    return _cross_entropy(pure_head, hidden, held, order, targets, weights)
+    targets, weights = (
+        _chunks(_taken(x, order, parts), chunk_size, parts) for x in (targets, weights)
+    )
+    return _cross_entropy(
+        pure_head, (chunk_size, parts), hidden, held, order, targets, weights
+    )
+
+
+def _of_parts(x: "Array", parts: int) -> "Array":
+    """[t, ...] as [parts, t / parts, ...]; as it is, if there is one part."""
+    return x if parts == 1 else x.reshape(parts, -1, *x.shape[1:])
+
+
+def _taken(x: "Array", index: "Array", parts: int) -> "Array":
+    """x[index], of each part its own.
+
+    Args:
+        x: [t, ...].
+        index: [i], or [parts, i] of places in a part.
+        parts: of x.
+
+    Returns:
+        [parts · i, ...].
+    """
+    if parts == 1:
+        return x[index]
+    taken = jax.vmap(lambda part, i: part[i])(_of_parts(x, parts), index)
+    return taken.reshape(-1, *x.shape[1:])
+
+
+def _chunks(x: "Array", chunk_size: int, parts: int) -> "Array":
+    """[t] as [chunks, parts · chunk_size], filled up with zeros."""
+    padding = -(x.size // parts) % chunk_size
+    if parts == 1:
+        return jnp.pad(x, (0, padding)).reshape(-1, chunk_size)
+    x = jnp.pad(_of_parts(x, parts), ((0, 0), (0, padding)))
+    x = x.reshape(parts, -1, chunk_size).swapaxes(0, 1)
+    return x.reshape(-1, parts * chunk_size)
+
+
+def _unchunked(x: "Array", chunk_size: int, parts: int) -> "Array":
+    """[chunks, parts · chunk_size, d] as [tokens and what fills them up, d]."""
+    if parts > 1:
+        x = x.reshape(-1, parts, chunk_size, x.shape[-1]).swapaxes(0, 1)
+    return x.reshape(-1, x.shape[-1])
 
 
 def _chunk_loss(head: Any, x: Any, held: Any, target: Any, weight: Any) -> Any:
@@ -108,10 +150,11 @@ def _log_sum_exp(x: "Float[Array, 'chunk v']") -> "Float[Array, ' chunk']":
     return top + jnp.log(total)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(head, hidden, held, order, targets, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(head, cut, hidden, held, order, targets, weights):
     total, _ = _scan_chunks(
         lambda x, target, weight: (_chunk_loss(head, x, held, target, weight), ()),
+        cut,
         hidden,
         order,
         targets,
@@ -121,12 +164,12 @@ def _cross_entropy(head, hidden, held, order, targets, weights):
     return total
 
 
-def _cross_entropy_fwd(head, hidden, held, order, targets, weights):
+def _cross_entropy_fwd(head, cut, hidden, held, order, targets, weights):
     held_values = [leaf.value for leaf in held]
     wanted = [i for i, leaf in enumerate(held) if leaf.perturbed]
     if not (wanted or hidden.perturbed):
         values = (x.value for x in (order, targets, weights))
-        return _cross_entropy(head, hidden.value, held_values, *values), None
+        return _cross_entropy(head, cut, hidden.value, held_values, *values), None
     order, targets, weights = order.value, targets.value, weights.value
 
     def chunk(x, target, weight):
@@ -142,10 +185,10 @@ def _cross_entropy_fwd(head, hidden, held, order, targets, weights):
 
     zeros = [jnp.zeros(held_values[i].shape, jnp.float32) for i in wanted]
     (total, gradients), dx = _scan_chunks(
-        chunk, hidden.value, order, targets, weights, (jnp.float32(0), zeros)
+        chunk, cut, hidden.value, order, targets, weights, (jnp.float32(0), zeros)
     )
     # Back into the order of the tokens: a gather, where a scatter would add.
-    dx = dx.reshape(-1, dx.shape[-1])[jnp.argsort(order)]
+    dx = _taken(_unchunked(dx, *cut), jnp.argsort(order), cut[1])
     gradients = [
         g.astype(held_values[i].dtype) for i, g in zip(wanted, gradients, strict=True)
     ]
@@ -153,8 +196,8 @@ def _cross_entropy_fwd(head, hidden, held, order, targets, weights):
     return total, (dx, [filled.get(i) for i in range(len(held))])
 
 
-def _cross_entropy_bwd(head, residuals, ct):
-    del head
+def _cross_entropy_bwd(head, cut, residuals, ct):
+    del head, cut
     if residuals is None or isinstance(ct, SymbolicZero):
         return None, None, None, None, None
     dx, gradients = residuals
@@ -165,14 +208,14 @@ def _cross_entropy_bwd(head, residuals, ct):
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd, symbolic_zeros=True)
 
 
-def _scan_chunks(chunk, hidden, order, targets, weights, zero):
+def _scan_chunks(chunk, cut, hidden, order, targets, weights, zero):
     """Adds up what `chunk(x, target, weight)` gives first, and stacks the second."""
-    chunks, size = targets.shape
-    indices = jnp.pad(order, (0, chunks * size - order.size)).reshape(chunks, size)
+    chunk_size, parts = cut
+    indices = _chunks(order.reshape(-1), chunk_size, parts)
 
     def step(total, rows):
         index, target, weight = rows
-        x = hidden[index]
+        x = _taken(hidden, index.reshape(*order.shape[:-1], -1), parts)
         shapes = jax.eval_shape(chunk, x, target, weight)
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         counts = jnp.any(weight != 0)

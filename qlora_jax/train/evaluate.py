@@ -7,25 +7,34 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import nnx
 
-from qlora_jax.sharding import committed
+from qlora_jax.sharding import batch_sharding, committed, mesh_of, row_parts
 from qlora_jax.train.loss import next_token_loss_sum
 
 if TYPE_CHECKING:
+    from jax.sharding import NamedSharding
+
     Batch = Mapping[str, Any]  # of arrays, NumPy's or jax's, [batch, seq]
 
 
 @functools.cache
-def _eval_step(chunk_size: int) -> Callable[..., Any]:
+def _eval_step(chunk_size: int, rows: "NamedSharding | None") -> Callable[..., Any]:
     @jax.jit
     def step(graph, state, batch):
-        model = nnx.merge(graph, state)
-        return next_token_loss_sum(model, batch, remat="none", chunk_size=chunk_size)
+        return next_token_loss_sum(
+            nnx.merge(graph, state),
+            batch,
+            remat="none",
+            chunk_size=chunk_size,
+            rows=rows,
+        )
 
     return step
 
 
 def evaluate(model: Any, batches: Iterable["Batch"], *, chunk_size: int = 512) -> float:
     """Returns the mean loss over all tokens of the batches, in nats.
+
+    The rows of a batch are split over the devices of a model's mesh where they divide.
 
     Args:
         model: an NNX module with `hidden` and `head`, with adapters or without.
@@ -36,8 +45,16 @@ def evaluate(model: Any, batches: Iterable["Batch"], *, chunk_size: int = 512) -
         ValueError: if there is no token to predict.
     """
     graph, state = committed(nnx.split(model))
-    step = _eval_step(chunk_size)
-    sums = [step(graph, state, batch) for batch in batches]
+    mesh = mesh_of(state)
+    rows = None if mesh is None else batch_sharding(mesh)
+
+    def summed(batch: "Batch") -> Any:
+        if rows is None or len(batch["tokens"]) % row_parts(rows):
+            return _eval_step(chunk_size, None)(graph, state, batch)
+        batch = jax.device_put(dict(batch), rows)
+        return _eval_step(chunk_size, rows)(graph, state, batch)
+
+    sums = [summed(batch) for batch in batches]
     count = sum(float(count) for _, count in sums)
     if not count:
         raise ValueError("The batches have no token to predict: is the mask all 0?")

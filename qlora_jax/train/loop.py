@@ -26,7 +26,13 @@ from qlora_jax.lora import join_trainable, split_trainable
 from qlora_jax.one_gpu import warn_of_others
 from qlora_jax.optim import SkipNonfiniteState
 from qlora_jax.run import Run
-from qlora_jax.sharding import batch_parts, batch_sharding, committed, mesh_of
+from qlora_jax.sharding import (
+    batch_sharding,
+    committed,
+    mesh_of,
+    on_all_of,
+    row_parts,
+)
 from qlora_jax.throughput import flops_per_token, peak_flops
 from qlora_jax.train.config import TrainConfig, check_same_run
 from qlora_jax.train.loss import next_token_loss_sum
@@ -36,7 +42,7 @@ from qlora_jax.train.stop import Interruption, Stopped, StopRequest
 from qlora_jax.train.tuning import tuned_if_it_fits
 
 if TYPE_CHECKING:
-    from jax.sharding import NamedSharding
+    from jax.sharding import Mesh, NamedSharding
 
     Batch = Mapping[str, Any]  # of arrays, NumPy's or jax's, [batch, seq]
     Evaluate = Callable[[Any], Mapping[str, Any]]
@@ -125,15 +131,18 @@ class _Loop:
         trainable, self.frozen = split_trainable(model, also=config.also)
         if not consume:  # the step donates what it is given
             trainable = jax.tree.map(jnp.copy, trainable)
+        mesh = mesh_of((trainable, self.frozen))
+        if mesh is not None:
+            trainable = on_all_of(mesh, trainable)
         trainable = committed(trainable)
         warn_of_others(trainable)
-        self.rows = _sharding_of_rows(self.frozen, config)
+        self.rows = None if mesh is None else _sharding_of_rows(mesh, config)
         arrays = [trainable, committed(tx.init(trainable))]
         if config.ema:
             arrays.append(jax.tree.map(jnp.copy, trainable))
         self.arrays, self.progress, self.done = arrays, Progress(), 0
         shardings = None
-        if self.rows is not None:
+        if mesh is not None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, trainable)
         self.iterator = iter(batches)
         self.saved: int | None = None
@@ -145,6 +154,7 @@ class _Loop:
             remat=config.remat,
             unroll=config.unroll,
             chunk_size=config.chunk_size,
+            rows=self.rows,
         )
         parts, tokens = config.accumulate, config.batch_size * config.seq_len
         self.step = tuned_if_it_fits(
@@ -162,7 +172,9 @@ class _Loop:
         self.callbacks = [*callbacks, run.log] if run is not None else callbacks
         self.rates = _rates(config)
         self.taken: _Taken | None = None
-        self.flops, self.peak = flops_per_token(model), _peak_flops(self.frozen)
+        self.flops, self.peak = flops_per_token(model), peak_flops()
+        if self.peak is not None and mesh is not None:
+            self.peak *= mesh.size
         self.told = 0.0  # when the numbers of a step came last
 
     def _take_up(self, run: Run) -> None:
@@ -326,24 +338,17 @@ def _rates(config: TrainConfig) -> np.ndarray:
     return np.asarray(rates)
 
 
-def _sharding_of_rows(model: Any, config: TrainConfig) -> "NamedSharding | None":
-    """That of a batch, beside a model that lies on several devices."""
-    if (mesh := mesh_of(model)) is None:
-        return None
-    parts, rows = batch_parts(mesh), config.batch_size // config.accumulate
+def _sharding_of_rows(mesh: "Mesh", config: TrainConfig) -> "NamedSharding":
+    """That of a batch, checked."""
+    sharding = batch_sharding(mesh)
+    parts, rows = row_parts(sharding), config.batch_size // config.accumulate
     if rows % parts:
         raise ValueError(
             f"batch_size={config.batch_size} with accumulate={config.accumulate} is "
             f"{rows} rows at a time, which must be a multiple of the {parts} parts of "
             f"the mesh that they are split over ({dict(mesh.shape)})."
         )
-    return batch_sharding(mesh)
-
-
-def _peak_flops(model: Any) -> float | None:
-    """That of all devices that the model lies on."""
-    mesh, peak = mesh_of(model), peak_flops()
-    return peak if mesh is None or peak is None else peak * mesh.size
+    return sharding
 
 
 def _is_guarded(state: Any) -> bool:

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
+from qlora_jax.sharding import row_parts
 from qlora_jax.train.cross_entropy import chunked_cross_entropy
 
 if TYPE_CHECKING:
+    from jax.sharding import NamedSharding
     from jaxtyping import Array, Float
 
     Batch = Mapping[str, Any]  # of arrays, NumPy's or jax's, [batch, seq]
@@ -21,6 +23,7 @@ def next_token_loss_sum(
     unroll: bool = False,
     chunk_size: int = 512,
     perturb: "Callable[[Array], Array] | None" = None,
+    rows: "NamedSharding | None" = None,
 ) -> "tuple[Float[Array, ''], Float[Array, '']]":
     """Returns the summed loss of a batch and how many tokens it is the sum over.
 
@@ -33,6 +36,14 @@ def next_token_loss_sum(
     options: dict[str, Any] = {"remat": remat}
     options |= {"unroll": True} if unroll else {}
     options |= {} if perturb is None else {"perturb": perturb}
+    rows = rows if hasattr(model, "head_on") else None
+    options |= {} if rows is None else {"rows": rows}
+    parts = row_parts(rows)
+    if tokens.shape[0] % parts:
+        raise ValueError(
+            f"A batch of {tokens.shape[0]} rows cannot be split over the {parts} parts "
+            f"of {rows}."
+        )
     hidden = model.hidden(tokens, segment_ids, positions, **options)
     weights = jnp.ones(tokens.shape, jnp.float32)
     if "loss_mask" in batch:
@@ -45,8 +56,9 @@ def next_token_loss_sum(
     targets = jnp.roll(tokens, -1, axis=1).reshape(-1)
     weights = jnp.roll(weights.at[:, 0].set(0), -1, axis=1).reshape(-1)
     hidden = hidden.reshape(targets.size, -1)
-    count = min(chunk_size, targets.size)
-    total = chunked_cross_entropy(model.head, hidden, targets, weights, count)
+    count = min(chunk_size, targets.size // parts)
+    head = model.head if rows is None else model.head_on(rows)
+    total = chunked_cross_entropy(head, hidden, targets, weights, count, parts=parts)
     return total, jnp.sum(weights)
 
 
@@ -58,6 +70,7 @@ def next_token_loss(
     unroll: bool = False,
     chunk_size: int = 512,
     perturb: "Callable[[Array], Array] | None" = None,
+    rows: "NamedSharding | None" = None,
 ) -> "Float[Array, '']":
     """Returns the mean cross entropy of the tokens that are to be predicted.
 
@@ -67,7 +80,7 @@ def next_token_loss(
     [tokens, vocab] is never whole in memory, see `chunked_cross_entropy`.
 
     Args:
-        model: has `hidden(tokens, segment_ids, positions, remat=)` and `head(hidden)`.
+        model: has `hidden(tokens, segment_ids, positions, remat=)` and `head(hidden)`;
         batch: `tokens` int [batch, seq]; optional, of the same shape, `loss_mask` (1
             where a token is to be predicted; all, if absent), `segment_ids` and
             `positions` (of packed rows).
@@ -75,6 +88,10 @@ def next_token_loss(
         unroll: whether layers are compiled one by one, see `Llama.hidden`.
         chunk_size: tokens whose logits are in memory at a time.
         perturb: what the embeddings go through first, as `neftune` gives it.
+        rows: how the rows of the batch lie on a mesh, `sharding.batch_sharding(mesh)`.
+            Each device then computes those that it has, `chunk_size` tokens of them at
+            a time. Without it the numbers are the same, and devices do work twice. Of
+            no use to a model that has no `head_on(rows)`, as `Llama` has.
 
     Returns:
         In nats, float32; 0 if nothing is to be predicted.
@@ -86,5 +103,6 @@ def next_token_loss(
         unroll=unroll,
         chunk_size=chunk_size,
         perturb=perturb,
+        rows=rows,
     )
     return total / jnp.maximum(count, 1)

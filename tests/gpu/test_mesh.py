@@ -13,14 +13,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
-from benchmarks.models import random_model
+from benchmarks.models import random_model, spread
 from pallas_kernels import quantized_matmul, quantized_matmul_dx
 from qlora_jax.models import LlamaConfig
 from qlora_jax.quant import dequantize, quantize
 from qlora_jax.sharding import batch_sharding, make_mesh
 from qlora_jax.train import committed, next_token_loss_sum, step_options
 from tests.tolerances import MATMUL_RELATIVE, MESH_LOSS_RELATIVE
-from tests.train.spread import spread
 
 pytestmark = [
     pytest.mark.gpu,
@@ -161,7 +160,8 @@ CONFIG = LlamaConfig(
 )
 
 
-def losses_of_a_model(mesh, remat, steps=3):
+def losses_of_a_model(mesh, remat, *, kept=True, steps=3):
+    """With rows of the batch kept where they are, or left to the compiler."""
     model = random_model(CONFIG)
     tokens = jax.random.randint(jax.random.key(3), (4, 512), 0, CONFIG.vocab_size)
     if mesh is None:
@@ -174,9 +174,8 @@ def losses_of_a_model(mesh, remat, steps=3):
     tx = ql.paged(optax.adam(1e-3), min_size=1)
     state = committed(tx.init(trainable))
 
-    def loss_sum(model, batch):
-        return next_token_loss_sum(model, batch, remat=remat)
-
+    rows = None if mesh is None or not kept else batch_sharding(mesh)
+    loss_sum = functools.partial(next_token_loss_sum, remat=remat, rows=rows)
     step = ql.make_train_step(
         tx,
         loss_sum=loss_sum,
@@ -203,6 +202,13 @@ def test_a_step_of_a_model_on_two_gpus(axis, remat):
     found = losses_of_a_model(make_mesh(**{axis: 2}), remat)
     expected = losses_of_a_model(None, remat)
     assert expected[-1, 0] < expected[0, 0]
+    np.testing.assert_allclose(found, expected, rtol=MESH_LOSS_RELATIVE["bfloat16"])
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "model"])
+def test_the_same_without_saying_where_rows_are(axis):
+    found = losses_of_a_model(make_mesh(**{axis: 2}), "full", kept=False)
+    expected = losses_of_a_model(None, "full")
     np.testing.assert_allclose(found, expected, rtol=MESH_LOSS_RELATIVE["bfloat16"])
 
 

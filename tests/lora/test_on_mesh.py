@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.models import spread
 from qlora_jax.interop.peft import load_adapter, save_adapter
 from qlora_jax.lora import add_lora, merge_lora
 from qlora_jax.lora.on_mesh import on_mesh_of_base
@@ -14,7 +15,6 @@ from qlora_jax.models import Llama, LlamaConfig
 from qlora_jax.quant import quantize
 from qlora_jax.sharding import make_mesh
 from tests.tolerances import LOGITS_RELATIVE
-from tests.train.spread import spread
 
 pytestmark = pytest.mark.unoptimized
 

@@ -25,9 +25,9 @@ def dense(hidden, weight, targets, counts):
     return -jnp.sum(picked * counts)
 
 
-def chunked(hidden, weight, targets, counts, chunk_size):
+def chunked(hidden, weight, targets, counts, chunk_size, parts=1):
     return chunked_cross_entropy(
-        lambda x: x @ weight, hidden, targets, counts, chunk_size
+        lambda x: x @ weight, hidden, targets, counts, chunk_size, parts=parts
     )
 
 
@@ -36,20 +36,23 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 11])
 @pytest.mark.parametrize("chunk_size", [1, 5, 11, 22, 64])
-def test_value_and_gradients_are_those_of_the_definition(problem, chunk_size):
+def test_value_and_gradients_are_those_of_the_definition(problem, chunk_size, parts):
     of_both = jax.value_and_grad(dense, (0, 1))
     expected, (dx, dw) = of_both(*problem)
     for transform in (lambda f: f, jax.jit):
-        f = transform(jax.value_and_grad(lambda *a: chunked(*a, chunk_size), (0, 1)))
+        loss = lambda *a: chunked(*a, chunk_size, parts)
+        f = transform(jax.value_and_grad(loss, (0, 1)))
         found, (dx_found, dw_found) = f(*problem)
         close(found, expected)
         close(dx_found, dx)
         close(dw_found, dw)
 
 
-def test_without_a_gradient_it_is_the_same_sum(problem):
-    close(chunked(*problem, 5), dense(*problem))
+@pytest.mark.parametrize("parts", [1, 2])
+def test_without_a_gradient_it_is_the_same_sum(problem, parts):
+    close(chunked(*problem, 5, parts), dense(*problem))
 
 
 def test_tokens_of_weight_0_get_no_gradient(problem):

@@ -29,6 +29,6 @@ def test_a_trained_model_is_evaluated_by_the_same_program(model):
     # As a step returns them, where those before it are bound to no device.
     trained = join_trainable(committed(trainable), frozen)
     first = evaluate(model, [batch()], chunk_size=16)
-    compiled = _eval_step(16)._cache_size()
+    compiled = _eval_step(16, None)._cache_size()
     assert evaluate(trained, [batch()], chunk_size=16) == first
-    assert _eval_step(16)._cache_size() == compiled == 1
+    assert _eval_step(16, None)._cache_size() == compiled == 1
