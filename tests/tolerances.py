@@ -51,3 +51,5 @@ LEAN_LOSS = 0.01
 # those on one: sums in another order, amplified by steps of Adam of 1e-2 (float32) and
 # 1e-3 (bfloat16).
 MESH_LOSS_RELATIVE = {"float32": 1e-4, "bfloat16": 5e-3}
+# ||trained - trained|| / ||trained|| of their adapters after three steps, in float32.
+MESH_TRAINED_RELATIVE = 1e-4
