@@ -19,6 +19,8 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
@@ -191,17 +193,9 @@ def measure(case: Case) -> dict:
     compiled = step.lower(trainable, state, frozen, batch).compile()
     compile_s = time.perf_counter() - start
     peak_after("compilation")  # tuning runs products on buffers of its own
-    losses = []
-    for _ in range(3):
-        trainable, state, metrics = compiled(trainable, state, frozen, batch)
-        losses.append(float(metrics["loss"]))
-    start = time.perf_counter()
-    for _ in range(case.steps):
-        trainable, state, metrics = compiled(trainable, state, frozen, batch)
-    losses.append(float(metrics["loss"]))  # waits
-    seconds = (time.perf_counter() - start) / case.steps
-    if not losses[-1] < losses[0]:  # nor if it is not a number
-        raise ValueError(f"The loss of a repeated batch did not fall: {losses}.")
+    (trainable, state), losses, seconds = timed(
+        compiled, trainable, state, frozen, batch, steps=case.steps
+    )
     peak_after("steps")
     if case.profile:
         with jax.profiler.trace(case.profile):
@@ -223,6 +217,40 @@ def measure(case: Case) -> dict:
     }
 
 
+def timed(
+    step: Callable[..., Any],
+    trainable: Any,
+    state: Any,
+    frozen: Any,
+    batch: Any,
+    *,
+    steps: int,
+) -> tuple[tuple[Any, Any], list[float], float]:
+    """Takes three steps, then those that are timed, of one batch.
+
+    Returns:
+        What is trained and the state; the losses of the first three steps and of the
+        last; seconds a step.
+
+    Raises:
+        ValueError: if the loss did not fall, or is no number.
+    """
+    import time
+
+    losses, metrics = [], {}
+    for _ in range(3):
+        trainable, state, metrics = step(trainable, state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    start = time.perf_counter()
+    for _ in range(steps):
+        trainable, state, metrics = step(trainable, state, frozen, batch)
+    losses.append(float(metrics["loss"]))  # waits
+    seconds = (time.perf_counter() - start) / steps
+    if not losses[-1] < losses[0]:
+        raise ValueError(f"The loss of a repeated batch did not fall: {losses}.")
+    return (trainable, state), losses, seconds
+
+
 def in_process(case: Case, *, memory_cap_gb: float | None = None) -> dict:
     """Runs one case in a process of its own, under a cap of the device's memory.
 
@@ -234,11 +262,17 @@ def in_process(case: Case, *, memory_cap_gb: float | None = None) -> dict:
         # All at once: pieces of memory that an allocator takes as it grows do not join.
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(memory_cap_gb / total_gb())
+    return row_of("benchmarks.finetune", case, environment)
+
+
+def row_of(module: str, case: Any, environment: Mapping[str, str]) -> dict:
+    """Runs `python -m module --case` with a case, and returns the row it prints last.
+
+    Raises:
+        RuntimeError: with the end of its output, if it failed.
+    """
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.finetune", "--case"),
-            json.dumps(dataclasses.asdict(case)),
-        ],
+        [sys.executable, "-m", module, "--case", json.dumps(dataclasses.asdict(case))],
         env=environment,
         capture_output=True,
         text=True,

@@ -14,11 +14,16 @@ import dataclasses
 import functools
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
-from benchmarks.finetune import PEAK_FLOPS, flops_a_token, optimizer, write
+from benchmarks.finetune import (
+    PEAK_FLOPS,
+    flops_a_token,
+    optimizer,
+    row_of,
+    timed,
+    write,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +94,9 @@ def measure(case: Case) -> dict:
     start = time.perf_counter()
     compiled = step.lower(trainable, state, frozen, batch).compile()
     compile_s = time.perf_counter() - start
-    losses = []
-    for _ in range(2):
-        trainable, state, metrics = compiled(trainable, state, frozen, batch)
-        losses.append(float(metrics["loss"]))
-    start = time.perf_counter()
-    for _ in range(case.steps):
-        trainable, state, metrics = compiled(trainable, state, frozen, batch)
-    losses.append(float(metrics["loss"]))  # waits
-    seconds = (time.perf_counter() - start) / case.steps
-    if not losses[-1] < losses[0]:  # nor if it is not a number
-        raise ValueError(f"The loss of a repeated batch did not fall: {losses}.")
+    _, losses, seconds = timed(
+        compiled, trainable, state, frozen, batch, steps=case.steps
+    )
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in devices]
     tokens_per_s = rows * case.seq / seconds
     flops = flops_a_token(config, RANK, case.seq) * tokens_per_s
@@ -120,27 +117,6 @@ def measure(case: Case) -> dict:
     }
 
 
-def in_process(case: Case) -> dict:
-    """Runs one case in a process of its own.
-
-    Raises:
-        RuntimeError: with the end of its output, if it failed.
-    """
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.several_gpus", "--case"),
-            json.dumps(dataclasses.asdict(case)),
-        ],
-        env=dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-20_000:])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the step on several GPUs.")
     parser.add_argument("--layers", type=int, help="a trial with so many layers")
@@ -150,11 +126,12 @@ def main() -> None:
         print(json.dumps(measure(Case(**json.loads(arguments.case)))))
         return
     rows: list[dict] = []
+    environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     print("        GPUs  batch  tokens/s  of one      ms     GB  others   MFU  compile")
     for case in CASES:
         case = dataclasses.replace(case, layers=arguments.layers)
         try:
-            row = in_process(case)
+            row = row_of("benchmarks.several_gpus", case, environment)
         except RuntimeError as error:
             print(f"{case.name}: failed\n{error}", flush=True)
             continue

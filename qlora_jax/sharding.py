@@ -163,7 +163,7 @@ def mesh_of(tree: Any) -> Mesh | None:
 
     That with the most devices, where they differ; traced arrays tell of none.
     """
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(tree) if _is_array(leaf)]
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(tree) if is_concrete(leaf)]
     named = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
     meshes = [mesh for mesh in named if isinstance(mesh, Mesh)]
     largest = max(meshes, key=lambda mesh: mesh.size, default=None)
@@ -174,7 +174,7 @@ def on_all_of(mesh: Mesh, tree: Any) -> Any:
     """Returns the tree with every array that is on one device put on all of a mesh."""
 
     def put(leaf: Any) -> Any:
-        if not _is_array(leaf) or len(leaf.sharding.device_set) > 1:
+        if not is_concrete(leaf) or len(leaf.sharding.device_set) > 1:
             return leaf
         kind = leaf.sharding.memory_kind
         return jax.device_put(
@@ -209,5 +209,6 @@ def committed(tree: Any) -> Any:
     return jax.tree.map(bound, tree)
 
 
-def _is_array(leaf: Any) -> bool:
+def is_concrete(leaf: Any) -> bool:
+    """Whether it is an array that lies somewhere, and not one that is traced."""
     return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)

@@ -16,7 +16,7 @@ from qlora_jax.optim.slices import (
     rows_of_slices,
     slice_tree,
 )
-from qlora_jax.sharding import mesh_of, on_all_of
+from qlora_jax.sharding import is_concrete, mesh_of, on_all_of
 
 
 class PagedTransformation(optax.GradientTransformationExtraArgs):
@@ -319,13 +319,9 @@ def _check_state(state: Any, shapes: Any, grown: list[bool]) -> None:
             )
 
 
-def _is_concrete(x: Any) -> bool:
-    return isinstance(x, jax.Array) and not isinstance(x, Tracer)
-
-
 def _on_one_device(tree: Any) -> bool:
     """Whether every leaf is concrete and on a single device."""
     return not any(
-        isinstance(x, Tracer) or (_is_concrete(x) and len(x.sharding.device_set) > 1)
+        isinstance(x, Tracer) or (is_concrete(x) and len(x.sharding.device_set) > 1)
         for x in jax.tree.leaves(tree)
     )

@@ -15,10 +15,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import qlora_jax as ql
 from benchmarks.models import random_model, spread
 from pallas_kernels import quantized_matmul, quantized_matmul_dx
-from qlora_jax.models import LlamaConfig
 from qlora_jax.quant import dequantize, quantize
 from qlora_jax.sharding import batch_sharding, make_mesh
 from qlora_jax.train import committed, next_token_loss_sum, step_options
+from tests.gpu.shapes import SMALL
 from tests.tolerances import MATMUL_RELATIVE, MESH_LOSS_RELATIVE
 
 pytestmark = [
@@ -150,20 +150,10 @@ def test_a_step_with_rows_and_paged_state_on_two_gpus():
     np.testing.assert_allclose(on_two, on_one, rtol=1e-3)
 
 
-CONFIG = LlamaConfig(
-    vocab_size=4096,
-    hidden_size=1024,
-    intermediate_size=2816,
-    num_layers=2,
-    num_heads=16,
-    num_kv_heads=4,
-)
-
-
 def losses_of_a_model(mesh, remat, *, kept=True, steps=3):
     """With rows of the batch kept where they are, or left to the compiler."""
-    model = random_model(CONFIG)
-    tokens = jax.random.randint(jax.random.key(3), (4, 512), 0, CONFIG.vocab_size)
+    model = random_model(SMALL)
+    tokens = jax.random.randint(jax.random.key(3), (4, 512), 0, SMALL.vocab_size)
     if mesh is None:
         tokens = jax.device_put(tokens, jax.devices()[0])
     else:
@@ -195,12 +185,17 @@ def losses_of_a_model(mesh, remat, *, kept=True, steps=3):
     return np.asarray(found)
 
 
+@functools.cache
+def losses_on_one(remat):
+    return losses_of_a_model(None, remat)
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "offload"])
 @pytest.mark.parametrize("axis", ["data", "fsdp", "model"])
 def test_a_step_of_a_model_on_two_gpus(axis, remat):
     """By rows of the batch, by parts of the weights too, and tensor parallel."""
     found = losses_of_a_model(make_mesh(**{axis: 2}), remat)
-    expected = losses_of_a_model(None, remat)
+    expected = losses_on_one(remat)
     assert expected[-1, 0] < expected[0, 0]
     np.testing.assert_allclose(found, expected, rtol=MESH_LOSS_RELATIVE["bfloat16"])
 
@@ -208,7 +203,7 @@ def test_a_step_of_a_model_on_two_gpus(axis, remat):
 @pytest.mark.parametrize("axis", ["data", "fsdp", "model"])
 def test_the_same_without_saying_where_rows_are(axis):
     found = losses_of_a_model(make_mesh(**{axis: 2}), "full", kept=False)
-    expected = losses_of_a_model(None, "full")
+    expected = losses_on_one("full")
     np.testing.assert_allclose(found, expected, rtol=MESH_LOSS_RELATIVE["bfloat16"])
 
 

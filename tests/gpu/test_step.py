@@ -10,13 +10,13 @@ import pytest
 
 import qlora_jax as ql
 from benchmarks.models import SHAPES, random_model
-from qlora_jax.models import LlamaConfig
 from qlora_jax.train import (
     committed,
     next_token_loss,
     next_token_loss_sum,
     step_options,
 )
+from tests.gpu.shapes import SMALL
 from tests.tolerances import (
     POLICY_COSINE,
     POLICY_COSINE_AFTER_ATTENTION,
@@ -28,14 +28,6 @@ from tests.train.exact import cosines, gradient, models
 
 pytestmark = pytest.mark.gpu
 
-CONFIG = LlamaConfig(
-    vocab_size=4096,
-    hidden_size=1024,
-    intermediate_size=2816,
-    num_layers=2,
-    num_heads=16,
-    num_kv_heads=4,
-)
 WIDE = dataclasses.replace(SHAPES["Llama-3-8B"], num_layers=2, vocab_size=4096)
 
 
@@ -69,7 +61,7 @@ def assert_as_the_float32_model(models_of_both, data, remats):
 @pytest.mark.parametrize("rows, seq", [(1, 512), (4, 2048)])
 def test_gradients_are_those_of_the_float32_model(rows, seq, packed):
     data = batch(rows, seq, packed)
-    assert_as_the_float32_model(models(CONFIG, rank=16), data, ("none", "full"))
+    assert_as_the_float32_model(models(SMALL, rank=16), data, ("none", "full"))
 
 
 def test_gradients_are_those_of_the_float32_model_at_the_widths_of_8b():
@@ -79,7 +71,7 @@ def test_gradients_are_those_of_the_float32_model_at_the_widths_of_8b():
 
 def test_what_waits_on_the_host_comes_back_as_it_was():
     """Each layer's, and before it is read: the copies go beside the kernels."""
-    deep = dataclasses.replace(CONFIG, num_layers=6)
+    deep = dataclasses.replace(SMALL, num_layers=6)
     trainable, frozen, _ = models(deep, rank=16)
     data = batch(4, 2048)
 

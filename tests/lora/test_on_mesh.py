@@ -4,37 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.models import spread
 from qlora_jax.interop.peft import load_adapter, save_adapter
 from qlora_jax.lora import add_lora, merge_lora
 from qlora_jax.lora.on_mesh import on_mesh_of_base
-from qlora_jax.models import Llama, LlamaConfig
 from qlora_jax.quant import quantize
 from qlora_jax.sharding import make_mesh
+from tests.on_mesh import model
 from tests.tolerances import LOGITS_RELATIVE
 
 pytestmark = pytest.mark.unoptimized
 
 KEY = jax.random.key(3)
-CONFIG = LlamaConfig(
-    vocab_size=96,
-    hidden_size=128,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-)
-
-
-def model(quantized=True):
-    made = Llama(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32)
-    for name in CONFIG.linear_shapes() if quantized else ():
-        weight = getattr(made.layers, name)[...]
-        setattr(made.layers, name, nnx.Param(quantize(weight)))
-    return made
 
 
 def specs(lt):

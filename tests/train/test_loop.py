@@ -21,11 +21,7 @@ from qlora_jax.train import (
     evaluate,
     fit,
 )
-from tests.train.tiny import (
-    SMALL,
-    adapted,
-    batches,
-)
+from tests.train.tiny import SMALL, KillAt, Killed, adapted, batches
 
 # Runs are held to runs of the same programs, bit for bit.
 pytestmark = [pytest.mark.unoptimized, pytest.mark.usefixtures("compiled_once")]
@@ -114,19 +110,6 @@ def test_a_model_is_kept_or_consumed():
         results.append(jax.tree.leaves(split_trainable(fitted)[0]))
     for kept, consumed in zip(*results, strict=True):
         np.testing.assert_array_equal(kept, consumed)
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(Callback):
-    def __init__(self, step):
-        self.at = step
-
-    def step(self, report):
-        if report.step == self.at:
-            raise Killed
 
 
 def leaves(model):

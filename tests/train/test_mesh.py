@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from benchmarks.models import spread
-from qlora_jax.callbacks import Callback
 from qlora_jax.data import Batches
 from qlora_jax.lora import add_lora, join_trainable, split_trainable
 from qlora_jax.models import Llama, llama
@@ -17,9 +16,9 @@ from qlora_jax.optim import paged
 from qlora_jax.run import Run
 from qlora_jax.sharding import batch_sharding, committed, make_mesh
 from qlora_jax.train import evaluate, fit, make_train_step, next_token_loss_sum
-from tests.lora.test_on_mesh import model
+from tests.on_mesh import model
 from tests.tolerances import MESH_LOSS_RELATIVE, MESH_TRAINED_RELATIVE
-from tests.train.tiny import SMALL, examples
+from tests.train.tiny import SMALL, KillAt, Killed, examples
 
 pytestmark = pytest.mark.unoptimized
 
@@ -162,19 +161,6 @@ def test_rows_are_of_no_use_to_a_model_of_another_class():
         next_token_loss_sum(whole, {"tokens": TOKENS[:7]}, rows=rows)
 
 
-class Killed(Exception):
-    pass
-
-
-class KillAfter(Callback):
-    def __init__(self, step):
-        self.at = step
-
-    def step(self, report):
-        if report.step == self.at:
-            raise Killed
-
-
 @pytest.mark.optimized
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     """Adapters put on the model by hand, on one device, join the others."""
@@ -192,7 +178,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
     unbroken = run("unbroken")
     with pytest.raises(Killed):
-        run("broken", [KillAfter(3)])
+        run("broken", [KillAt(3)])
     for one, other in zip(
         *(jax.tree.leaves(split_trainable(m)[0]) for m in (unbroken, run("broken"))),
         strict=True,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qlora_jax.callbacks import Callback
 from qlora_jax.data import Batches, Example
 from qlora_jax.lora import add_lora
 from qlora_jax.models import Llama, LlamaConfig
@@ -73,3 +74,16 @@ def dense_loss(model, batch):
     picked = jnp.take_along_axis(log_probs, batch["tokens"][:, 1:, None], -1)[..., 0]
     mask = batch["loss_mask"][:, 1:]
     return -jnp.sum(picked * mask) / jnp.sum(mask)
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    def __init__(self, step):
+        self.at = step
+
+    def step(self, report):
+        if report.step == self.at:
+            raise Killed
