@@ -62,9 +62,12 @@ class Checkpoints:
     def check_room(self, tree: Any) -> None:
         """Checks that the disk has room for the checkpoints that will be kept.
 
+        What a killed process left of one is deleted first.
+
         Raises:
             CheckpointError: if it has not, with both numbers.
         """
+        self._clear()
         # The last ones, the best, and the one that is being written.
         wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) * (self.keep + 2)
         held = 0
@@ -78,6 +81,17 @@ class Checkpoints:
                 f"{_size(wanted)}, and the disk has {_size(free)} left. "
                 "Free some, choose another folder, or keep fewer checkpoints."
             )
+
+    def _clear(self) -> None:
+        """Deletes what a process that was killed, or a save that failed, left of one.
+
+        orbax would do so in a thread of its own: what counts files, or what is left of
+        the disk, would meet it half way. Nothing is being written when this is called.
+        """
+        from orbax.checkpoint.path import atomicity_types
+
+        for path in self.folder.glob("*" + atomicity_types.TMP_DIR_SUFFIX):
+            shutil.rmtree(path)
 
     def _free(self) -> int:
         """Returns how many bytes the disk of the folder has left."""
@@ -112,6 +126,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
+        self._clear()
         # orbax would find out too, in many threads, each with a word of its own.
         wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         if (free := self._free()) < wanted:
@@ -222,7 +237,6 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self._Kept(self),
                 todelete_subdir=_DELETED,
-                cleanup_tmp_directories=True,
             )
             self._open_manager = ocp.CheckpointManager(self.folder, options=options)
             self._last_whole = self._open_manager.latest_step()

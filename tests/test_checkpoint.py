@@ -1,6 +1,7 @@
 import resource
 import shutil
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -79,12 +80,37 @@ def test_half_a_checkpoint_is_none(tmp_path):
     first = Checkpoints(tmp_path)
     first.save(1, tree(), {})
     first.wait()
-    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    leave_half_of_one(tmp_path, 2, files=3)
     again = Checkpoints(tmp_path)
     assert again.latest() == 1
     again.save(2, tree(), {})
     again.wait()
     assert again.steps() == [1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def leave_half_of_one(folder, step, files):
+    """Writes what a process killed while it saves leaves: many small files."""
+    data = folder / f"{step}.orbax-checkpoint-tmp" / "arrays.orbax-checkpoint-tmp" / "d"
+    data.mkdir(parents=True)
+    for i in range(files):
+        (data / str(i)).write_bytes(bytes(100))
+
+
+def test_half_a_checkpoint_goes_before_room_is_counted(tmp_path, monkeypatch):
+    """Not by who only reads: another process may be writing it."""
+    leave_half_of_one(tmp_path, 2, files=2000)
+    room = shutil.disk_usage(tmp_path)._replace(free=300)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest() is None
+    time.sleep(0.5)  # what orbax deletes it deletes in a thread
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 2000
+    checkpoints.check_room({"a": jnp.zeros(16)})
+    assert not list(tmp_path.iterdir())
+    leave_half_of_one(tmp_path, 2, files=2000)
+    with pytest.raises(CheckpointError, match=r"the disk has 0\.0 MB left"):
+        checkpoints.check_room({"a": jnp.zeros(1000)})
 
 
 def test_what_is_saved_may_change_at_once(tmp_path):
@@ -117,12 +143,12 @@ def test_a_full_disk_is_said_and_the_last_one_stays(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
         signal.signal(signal.SIGXFSZ, handler)
-    again = Checkpoints(tmp_path)
-    assert again.latest() == 1
-    assert float(again.restore(like).tree["a"][-1]) == 2**18 - 1
-    again.save(2, like, {})
-    again.wait()
-    assert again.steps() == [1, 2]
+    for again in (Checkpoints(tmp_path), checkpoints):  # the process may go on too
+        assert again.latest() == 1
+        assert float(again.restore(like).tree["a"][-1]) == 2**18 - 1
+    checkpoints.save(2, like, {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2]
 
 
 def test_too_small_a_disk_is_said_at_the_start(tmp_path, monkeypatch):
