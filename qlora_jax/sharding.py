@@ -145,9 +145,18 @@ def row_parts(rows: NamedSharding | None) -> int:
     """Returns over how many parts a sharding splits the first axis; 1 for None."""
     if rows is None or not len(rows.spec):
         return 1
-    axes = rows.spec[0]
+    return parts_of(rows.mesh, rows.spec[0])
+
+
+def parts_of(mesh: Any, axes: Any) -> int:
+    """Returns over how many parts a mesh splits what lies on `axes`.
+
+    Args:
+        mesh: a `Mesh`, or an abstract one.
+        axes: an entry of a `PartitionSpec`: a name, several, or None.
+    """
     names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(rows.mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def on_rows(x: jax.Array, rows: NamedSharding | None) -> jax.Array:

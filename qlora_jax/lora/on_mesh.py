@@ -1,7 +1,6 @@
 """An adapter beside a weight that lies on several devices."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.lora.lora import LoraTensor
 from qlora_jax.quant import QuantizedTensor
-from qlora_jax.sharding import mesh_of
+from qlora_jax.sharding import mesh_of, parts_of
 
 
 def on_mesh_of_base(lt: LoraTensor) -> LoraTensor:
@@ -51,12 +50,7 @@ def _shortest(mesh: Mesh, spec: tuple[Any, ...]) -> PartitionSpec:
 
     One that says the same in other words would be compiled for again.
     """
-
-    def parts(axes: Any) -> int:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        return math.prod(mesh.shape[name] for name in names)
-
-    kept = [axes if parts(axes) > 1 else None for axes in spec]
+    kept = [axes if parts_of(mesh, axes) > 1 else None for axes in spec]
     while kept and kept[-1] is None:
         kept.pop()
     return PartitionSpec(*kept)

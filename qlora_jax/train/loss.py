@@ -80,7 +80,7 @@ def next_token_loss(
     [tokens, vocab] is never whole in memory, see `chunked_cross_entropy`.
 
     Args:
-        model: has `hidden(tokens, segment_ids, positions, remat=)` and `head(hidden)`;
+        model: has `hidden(tokens, segment_ids, positions, remat=)` and `head(hidden)`.
         batch: `tokens` int [batch, seq]; optional, of the same shape, `loss_mask` (1
             where a token is to be predicted; all, if absent), `segment_ids` and
             `positions` (of packed rows).
